@@ -1,0 +1,390 @@
+"""What a run is: one frozen `Config`, checked where it is made, overridden by `--set a.b=value`."""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import types
+import typing
+from pathlib import Path
+
+from sharding.mesh import MeshSpec
+
+REMAT_POLICIES = ("report", "full", "none")
+
+
+def _check_positive(config, section: str, *names: str):
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """Context extension of the rotary frequencies (report sec. 4.3; lengths in tokens)."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self):
+        _check_positive(self, "yarn", "factor", "original_length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Sizes of multi-head latent attention (report sec. 2.1.1)."""
+
+    n_heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    rope_base: float = 10_000.0
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self):
+        _check_positive(
+            self, "attention", "n_heads", "kv_rank", "nope_dim", "rope_dim", "value_dim"
+        )
+        if self.rope_dim % 2:
+            raise ValueError(
+                f"attention.rope_dim={self.rope_dim} must be even: dims rotate in pairs"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sizes of DeepSeekMoE and its node-limited router (report sec. 2.1.2)."""
+
+    n_experts: int
+    n_shared: int
+    hidden: int
+    top_k: int
+    n_groups: int = 1
+    n_groups_kept: int = 1
+    scale: float = 2.5
+    normalize: bool = True
+
+    def __post_init__(self):
+        _check_positive(self, "moe", "n_experts", "hidden", "top_k", "n_groups", "n_groups_kept")
+        if self.n_shared < 0:
+            raise ValueError(f"moe.n_shared={self.n_shared} must not be negative")
+        if self.n_experts % self.n_groups:
+            raise ValueError(
+                f"moe.n_experts={self.n_experts} must be a multiple of moe.n_groups={self.n_groups}"
+            )
+        if self.n_groups_kept > self.n_groups:
+            raise ValueError(
+                f"moe.n_groups_kept={self.n_groups_kept} exceeds moe.n_groups={self.n_groups}"
+            )
+        reachable = self.n_groups_kept * (self.n_experts // self.n_groups)
+        if self.top_k > reachable:
+            raise ValueError(
+                f"moe.top_k={self.top_k} exceeds the {reachable} experts that "
+                f"moe.n_groups_kept={self.n_groups_kept} of {self.n_groups} groups hold"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: `n_dense` leading dense blocks, then MoE blocks, then MTP modules."""
+
+    vocab_size: int
+    width: int
+    n_layers: int
+    n_dense: int
+    dense_hidden: int
+    attention: AttentionConfig
+    moe: MoEConfig | None
+    mtp_depth: int = 1
+    norm_eps: float = 1e-6
+    init_std: float = 0.006
+
+    def __post_init__(self):
+        _check_positive(
+            self, "model", "vocab_size", "width", "n_layers", "dense_hidden", "init_std"
+        )
+        if not 0 <= self.n_dense <= self.n_layers:
+            raise ValueError(
+                f"model.n_dense={self.n_dense} must be in 0..{self.n_layers} (model.n_layers)"
+            )
+        if self.moe is None and (self.n_dense < self.n_layers or self.mtp_depth):
+            raise ValueError(
+                f"model.moe is None, so model.n_dense={self.n_dense} must equal "
+                f"model.n_layers={self.n_layers} and model.mtp_depth={self.mtp_depth} must be 0"
+            )
+        if self.mtp_depth < 0:
+            raise ValueError(f"model.mtp_depth={self.mtp_depth} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from: "instant", or a file, folder, glob or .jsonl; how it is tokenized."""
+
+    source: str = "instant"
+    text_field: str = "text"
+    tokenizer: str = "bpe"
+    held_out: float = 0.02
+    cache_dir: str = "runs/cache"
+
+    def __post_init__(self):
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(
+                f"data.held_out={self.held_out} must lie between 0 and 1 (a share of the text)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the report's learning-rate shape (sec. 4.2): warm-up in steps, the rest in tokens.
+
+    The rate rises linearly to `peak_lr`, stays until `constant_tokens`, falls on a cosine to
+    `decayed_lr` over `decay_tokens`, stays until `tail_tokens`, and ends at `tail_lr`.
+    """
+
+    peak_lr: float = 2.2e-4
+    decayed_lr: float = 2.2e-5
+    tail_lr: float = 7.3e-6
+    warmup_steps: int = 2000
+    constant_tokens: float = 10e12
+    decay_tokens: float = 4.3e12
+    tail_tokens: float = 14.633e12
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self):
+        _check_positive(self, "optimizer", "peak_lr", "clip", "eps", "decay_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the auxiliary losses, and the balance bias; both change once, by tokens seen.
+
+    Sources: report sec. 2.1.2 (balance), 2.2 (MTP), 4.2 (values).
+    """
+
+    mtp_weight: float = 0.3
+    mtp_weight_late: float = 0.1
+    mtp_late_tokens: float = 10e12
+    balance_weight: float = 1e-4
+    bias_rate: float = 1e-3
+    bias_stop_tokens: float = 14.3e12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats by role (report sec. 3.3): compute, master weights, Adam moments."""
+
+    compute: str = "bfloat16"
+    master: str = "float32"
+    moments: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("compute", "master", "moments"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(
+                    f"precision.{name}={getattr(self, name)!r} must be 'float32' or 'bfloat16'"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the program lies on the mesh: ZeRO level, remat policy, expert buffer size.
+
+    `capacity` is the receive buffer of one dispatch round over a balanced load; what does not fit
+    travels in a further round, so no token is dropped at any value.
+    """
+
+    zero: int = 1
+    remat: str = "report"
+    capacity: float = 1.25
+
+    def __post_init__(self):
+        if self.zero not in (1, 3):
+            raise ValueError(f"parallel.zero={self.zero} must be 1 or 3")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"parallel.remat={self.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
+            )
+        if self.capacity < 1.0:
+            raise ValueError(
+                f"parallel.capacity={self.capacity} must be at least 1 (a balanced load)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of a run. `batch` counts sequences of `seq_len` tokens over the whole mesh."""
+
+    batch: int
+    seq_len: int
+    steps: int
+    seed: int = 0
+    eval_every: int = 100
+    eval_batches: int = 8
+    sample_tokens: int = 64
+
+    def __post_init__(self):
+        _check_positive(self, "train", "batch", "seq_len", "steps", "eval_every", "eval_batches")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Save every `every` steps and keep the newest `keep`."""
+
+    every: int = 100
+    keep: int = 3
+
+    def __post_init__(self):
+        _check_positive(self, "checkpoint", "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run is made of; `configs/*.py` hold the presets."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    losses: LossConfig = LossConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def check_mesh(config: Config, mesh: MeshSpec):
+    """Raise unless the program of `config` can be divided over `mesh`.
+
+    Raises:
+        ValueError: a size that does not divide; the message has the numbers and what would work.
+        NotImplementedError: pipeline stages.
+    """
+    if mesh.pp > 1:
+        raise NotImplementedError(
+            f"mesh {mesh}: pp={mesh.pp} comes with the pipeline, which is not built yet; use "
+            f"--mesh={dataclasses.replace(mesh, pp=1, dp=mesh.dp * mesh.pp)} on as many devices"
+        )
+    model, batch = config.model, config.train.batch
+    _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
+    sizes = {"model.vocab_size": model.vocab_size, "model.width": model.width}
+    if model.moe:
+        sizes = {"model.moe.n_experts": model.moe.n_experts} | sizes
+        groups = model.moe.n_groups
+        if mesh.nodes > 1:
+            _check_divides(f"model.moe.n_groups={groups}", groups, "nodes", mesh.nodes, mesh)
+    for name, size in sizes.items():
+        _check_divides(f"{name}={size}", size, "ep", mesh.ep, mesh)
+
+
+def _check_divides(what: str, size: int, axis: str, shares: int, mesh: MeshSpec):
+    if size % shares:
+        fits = max(n for n in range(1, shares + 1) if size % n == 0)
+        raise ValueError(
+            f"mesh {mesh}: {what} cannot be divided over {axis}={shares}; nearest that work: "
+            f"{axis}={fits}, or {max(size // shares, 1) * shares} instead of {size}"
+        )
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A " (did you mean ...?)" for an unknown name, or the list of names if none is near."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
+
+
+def preset_names() -> list[str]:
+    """Names that `--config` takes: the files in configs/."""
+    import configs
+
+    return sorted(p.stem for p in Path(configs.__path__[0]).glob("*.py") if p.stem != "__init__")
+
+
+def load_preset(name: str) -> Config:
+    """The `Config` of `configs/<name>.py`.
+
+    Raises:
+        KeyError: no such preset; the message gives the nearest one.
+    """
+    if name not in preset_names():
+        raise KeyError(f"unknown config {name!r}: {nearest(name, preset_names())}")
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def override(config, assignment: str):
+    """`config` with one field replaced, e.g. "optimizer.peak_lr=1e-3".
+
+    Raises:
+        KeyError: a name on the path is unknown; the message gives the nearest one.
+        ValueError: no "=", or a value that does not fit the field's type.
+    """
+    path, sign, text = assignment.partition("=")
+    if not sign:
+        raise ValueError(f"--set {assignment!r}: expected section.field=value")
+    return _replace(config, path.strip(), path.strip().split("."), text.strip())
+
+
+def _replace(config, path: str, keys: list[str], text: str):
+    hints = typing.get_type_hints(type(config))
+    if keys[0] not in hints:
+        raise KeyError(f"unknown config key {path!r}: in it {keys[0]!r}: {nearest(keys[0], hints)}")
+    if len(keys) == 1:
+        value = _parse(path, text, hints[keys[0]])
+    elif dataclasses.is_dataclass(child := getattr(config, keys[0])):
+        value = _replace(child, path, keys[1:], text)
+    else:
+        raise KeyError(f"config key {path!r}: {keys[0]!r} is {child!r} and has no fields")
+    return dataclasses.replace(config, **{keys[0]: value})
+
+
+def _parse(path: str, text: str, hint):
+    """`text` as a value of the annotated type; numbers may be written as 1e9 or 10_000."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and text == "None":
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if kind(value) == value:
+            return kind(value)
+    elif kind is bool and isinstance(value, bool):
+        return value
+    raise ValueError(f"--set {path}={text}: expected {getattr(kind, '__name__', kind)}")
+
+
+def to_dict(config) -> dict:
+    """The config as plain nested values, for config.json."""
+    return dataclasses.asdict(config)
+
+
+def differences(config: Config, saved: dict) -> list[str]:
+    """A line "a.b: saved -> now" for each field of `config` that differs from a `to_dict` result."""
+    now, before = _flatten(to_dict(config)), _flatten(saved)
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key)
+    ]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -1,0 +1,116 @@
+"""DeepSeekMoE: shared experts for every token, routed experts for the tokens that choose them.
+
+y = shared(h) + sum over chosen experts i of g_i FFN_i(h)        (report sec. 2.1.2)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.layers.ffn import SwiGLU, swiglu
+from dsv3_jax.layers.linear import weight
+from dsv3_jax.layers.router import choose_experts, expert_counts, sequence_balance
+from dsv3_jax.numerics.grouped_matmul import grouped_matmul
+from dsv3_jax.shapes import Array, Float, Float32, Int
+from sharding.expert_parallel import Route, capacity_of, exchange
+from sharding.rules import Layout
+
+
+class BalanceBias(nnx.Variable):
+    """Selection bias of each expert: no gradient, no weight decay, moved by the observed load."""
+
+
+class RouterStats(NamedTuple):
+    """What a MoE layer saw of this shard's tokens."""
+
+    load: Array  # [E] pairs that chose each expert
+    balance: Array  # [] sum over sequences of the balance loss
+    rounds: Array  # [] rounds of the exchange
+    sent: Array  # [] pairs that travelled in them
+
+
+class MoE(nnx.Module):
+    """Routed and shared experts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        m = self.config = config.moe
+        std, width = config.init_std, config.width
+        expert = ("expert", "embed", "mlp")
+        self.router = weight(rngs, (width, m.n_experts), ("embed", "router"), std, wide=True)
+        self.bias = BalanceBias(jnp.zeros(m.n_experts, jnp.float32))
+        self.gate_up = weight(rngs, (m.n_experts, width, 2 * m.hidden), expert, std)
+        self.down = weight(rngs, (m.n_experts, m.hidden, width), ("expert", "mlp", "embed"), std)
+        if m.n_shared:
+            self.shared = SwiGLU(width, m.n_shared * m.hidden, std, rngs=rngs)
+
+    def __call__(
+        self, h: Float[Array, "B T D"], layout: Layout
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        m = self.config
+        scores = self.affinities(h)
+        tokens = rearrange(h, "b t d -> (b t) d")
+        flat = rearrange(scores, "b t e -> (b t) e")
+        gates, ids = choose_experts(flat, self.bias[...], m)
+        gates, ids = checkpoint_name(gates, "gates"), checkpoint_name(ids, "expert_ids")
+        size = capacity_of(ids.size, layout.mesh.ep, layout.capacity)
+        route = Route(layout.mesh, m.n_experts, size)
+        experts = (self.gate_up[...].astype(h.dtype), self.down[...].astype(h.dtype))
+        routed, plan = exchange(apply_experts, experts, tokens, gates, ids, route)
+        y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
+        if m.n_shared:
+            y = y + self.shared(h)
+        stats = RouterStats(
+            load=expert_counts(ids, m.n_experts),
+            balance=sequence_balance(scores, rearrange(ids, "(b t) k -> b t k", b=h.shape[0])),
+            rounds=plan.n_rounds,
+            sent=jnp.minimum(plan.count, plan.n_rounds * size).sum(),
+        )
+        return y, stats
+
+    def affinities(self, h: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
+        """sigmoid(h . e_i) in float32, whatever the device's default precision of products is."""
+        logits = jnp.einsum(
+            "BTD,DE->BTE",
+            h.astype(jnp.float32),
+            self.router[...],
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return jax.nn.sigmoid(logits)
+
+
+def apply_experts(
+    params: tuple[Float[Array, "e D F2"], Float[Array, "e F D"]],
+    rows: Float[Array, "r D"],
+    gates: Float32[Array, " r"],
+    experts: Int[Array, " r"],
+) -> Float[Array, "r D"]:
+    """gate * FFN_expert(row) for rows in any order; zeros where `experts` is e, one past the last.
+
+    The gate multiplies the hidden layer, which is narrower than the result and, unlike it, at hand
+    in the backward.
+    """
+    gate_up, down = params
+    order = jnp.argsort(experts, stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    sizes = jnp.zeros(gate_up.shape[0], jnp.int32).at[experts].add(1, mode="drop")
+    rows = checkpoint_name(permute(rows, order, inverse), "dispatched")
+    gates = permute(gates, order, inverse)[:, None].astype(rows.dtype)
+    hidden = checkpoint_name(grouped_matmul(rows, gate_up, sizes), "expert_hidden")
+    return permute(grouped_matmul(swiglu(hidden) * gates, down, sizes), inverse, order)
+
+
+@jax.custom_vjp
+def permute(x: Float[Array, "r ..."], order: Int[Array, " r"], inverse: Int[Array, " r"]) -> Array:
+    """x[order], whose gradient is a gather too: grad[inverse]."""
+    return x[order]
+
+
+permute.defvjp(
+    lambda x, order, inverse: (x[order], (order, inverse)),
+    lambda saved, grad: (grad[saved[1]], None, None),
+)

@@ -1,0 +1,83 @@
+"""What training carries from step to step, and where it lies on the mesh."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import Config
+from dsv3_jax.layers.moe import BalanceBias
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.numerics.policy import Policy
+from sharding.mesh import MeshSpec
+from sharding.rules import Layout
+
+
+class TrainState(NamedTuple):
+    """Everything that a checkpoint holds, apart from the position in the data."""
+
+    step: jax.Array  # [] updates made
+    params: nnx.State  # master weights
+    bias: nnx.State  # balance bias of every MoE layer
+    optimizer: optax.OptState
+
+
+def layout_of(config: Config, mesh: MeshSpec) -> Layout:
+    return Layout(mesh=mesh, zero=config.parallel.zero, capacity=config.parallel.capacity)
+
+
+def parts_of(model: DeepSeekV3):
+    """Graph definition, parameters, balance bias."""
+    return nnx.split(model, nnx.Param, BalanceBias)
+
+
+def make_model(config: Config) -> DeepSeekV3:
+    """A model with fresh weights, the same on every mesh."""
+    policy = Policy.of(config.precision)
+    return DeepSeekV3(config.model, policy, rngs=nnx.Rngs(config.train.seed))
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; to be traced, so that it is born sharded."""
+    policy = Policy.of(config.precision)
+    _, params, bias = parts_of(make_model(config))
+    params = jax.tree.map(lambda x: x.astype(policy.master), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
+
+
+def specs(tree, layout: Layout):
+    """PartitionSpecs: of each parameter, and of the moments of it, where the layout stores it."""
+
+    def of(leaf) -> PartitionSpec:
+        if not (isinstance(leaf, nnx.Variable) and "names" in leaf.get_metadata()):
+            return PartitionSpec()
+        stacked = len(leaf.shape) - len(leaf.sizes)
+        return PartitionSpec(*(None,) * stacked, *layout.stored(leaf.names, leaf.sizes))
+
+    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, layout: Layout
+) -> TrainState:
+    """Shapes, types and placements of the state, without its numbers."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    placements = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(shapes, layout))
+
+    def place(sharding, subtree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), subtree
+        )
+
+    return jax.tree.map(place, placements, shapes)
+
+
+def fresh_state(
+    config: Config, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The state before the first step, on the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()

@@ -1,0 +1,124 @@
+"""One training step: losses and gradients inside the manual region, the update outside of it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.layers.linear import assemble
+from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.losses import Batch, Losses, training_loss
+from dsv3_jax.model import abstract_model
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.optimizer import bias_rate, learning_rate, moved_bias, mtp_weight
+from dsv3_jax.shapes import Array
+from dsv3_jax.training.state import TrainState, parts_of, specs
+from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, region
+from sharding.rules import Layout
+
+
+class Metrics(NamedTuple):
+    """Numbers of one step, the same on every device."""
+
+    losses: Losses  # means over the global batch
+    grad_norm: Array  # [] before clipping
+    lr: Array  # []
+    router: RouterStats | None  # of every MoE layer over the global batch, MTP layers last
+
+
+def ready(params: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
+    """What is gathered before the first layer: all under ZeRO-1, else all that is not stacked."""
+    if layout.zero == 1:
+        return assemble(params, layout, compute)
+    model_level = {"embedding", "head", "norm"}
+    early = {name: part for name, part in params.items() if name in model_level}
+    return nnx.State({**params, **assemble(nnx.State(early), layout, compute)})
+
+
+def loss_and_gradients(config: Config, mesh: Mesh, layout: Layout) -> Callable:
+    """(params, bias, batch, mtp_weight) -> (losses, statistics, gradients), sharded as stored.
+
+    The gradients are those of the mean over the global batch. Losses are that mean; load and
+    dropped pairs are sums over the whole batch.
+    """
+    policy = Policy.of(config.precision)
+    graphdef, params, bias = parts_of(abstract_model(config.model, policy))
+    stored = specs(params, layout)
+
+    def shard(params, bias, batch, weight):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, ready(params, layout, policy.compute), bias)
+            how = (layout, config.parallel.remat)
+            losses, stats = training_loss(model, batch, config.losses, weight, *how)
+            return losses.total, (losses, stats)
+
+        grads, (losses, stats) = jax.grad(loss_fn, has_aux=True)(params)
+        return data_sum(losses), summarize(stats), whole_sums(grads, layout)
+
+    return region(
+        shard,
+        mesh,
+        in_specs=(stored, REPLICATED, BATCH, REPLICATED),
+        out_specs=(REPLICATED, REPLICATED, stored),
+    )
+
+
+def summarize(stats: RouterStats | None) -> RouterStats | None:
+    """This shard's statistics -> those of the global batch."""
+    if stats is None:
+        return None
+    sums = data_sum(stats)
+    return sums._replace(rounds=data_max(stats.rounds))
+
+
+def whole_sums(grads: nnx.State, layout: Layout) -> nnx.State:
+    """Gradients of what is stored whole on some axes, summed over those; the others are already."""
+
+    def one(variable):
+        axes = layout.missing(variable.names, variable.sizes)
+        return variable.replace(jax.lax.psum(variable[...], axes)) if axes else variable
+
+    return jax.tree.map(one, grads, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:
+    """Every layer's balance bias moved by its load; `load` has the MoE layers first, MTP last."""
+    leaves, treedef = jax.tree.flatten(bias)  # "moe" comes before "mtp"
+    ends = np.cumsum([leaf.shape[0] for leaf in leaves])[:-1]
+    parts = jnp.split(load, ends)
+    return treedef.unflatten(
+        [moved_bias(leaf, part, rate) for leaf, part in zip(leaves, parts, strict=True)]
+    )
+
+
+def make_step(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, layout: Layout
+) -> Callable:
+    """(state, batch) -> (state, metrics): the program that training runs."""
+    compute = loss_and_gradients(config, mesh, layout)
+    tokens_per_step = config.train.batch * config.train.seq_len
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens = state.step.astype(jnp.float32) * tokens_per_step
+        weight = mtp_weight(config.losses, tokens)
+        losses, stats, grads = compute(state.params, state.bias, batch, weight)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        bias = state.bias
+        if stats is not None:
+            bias = update_bias(bias, stats.load, bias_rate(config.losses, tokens))
+        metrics = Metrics(
+            losses=losses,
+            grad_norm=optax.global_norm(grads),
+            lr=learning_rate(config.optimizer, state.step, tokens_per_step),
+            router=stats,
+        )
+        return TrainState(state.step + 1, params, bias, moments), metrics
+
+    return jax.jit(step, donate_argnums=0)

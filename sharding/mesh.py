@@ -1,0 +1,145 @@
+"""The mesh: its grammar, its devices, and the one manual region that programs run in.
+
+A mesh string such as "dp4,ep8" names sizes of three logical axes: `pp` pipeline stages, `dp` data
+parallel, `ep` expert parallel. `ep2x4` is 2 nodes of 4 ranks. Device meshes always have the four
+axes of `AXES`, most of them of size 1, so that programs never ask which ones exist.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+AXES = ("pp", "dp", "node", "rank")
+DATA_AXES = ("dp", "node", "rank")  # the batch is split over these
+EXPERT_AXES = ("node", "rank")  # the experts over these
+GRAMMAR = "comma-separated pp, dp and ep with a size, such as dp4,ep8 or dp*,ep2x4"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSpec:
+    """Sizes of the mesh axes; `nodes * ranks` is the expert-parallel size."""
+
+    pp: int = 1
+    dp: int = 1
+    nodes: int = 1
+    ranks: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(AXES, (self.pp, self.dp, self.nodes, self.ranks), strict=True))
+
+    @property
+    def ep(self) -> int:
+        return self.nodes * self.ranks
+
+    @property
+    def data(self) -> int:
+        """Number of shares that the batch is split into."""
+        return self.dp * self.ep
+
+    @property
+    def n_devices(self) -> int:
+        return self.pp * self.data
+
+    def size(self, *axes: str) -> int:
+        """Product of the sizes of the named mesh axes."""
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def __str__(self) -> str:
+        ep = f"ep{self.nodes}x{self.ranks}" if self.nodes > 1 else f"ep{self.ranks}"
+        parts = [f"pp{self.pp}"] * (self.pp > 1) + [f"dp{self.dp}"] + [ep] * (self.ep > 1)
+        return ",".join(parts)
+
+
+def parse_mesh(text: str, n_devices: int | None = None) -> MeshSpec:
+    """The mesh that `text` names; `dp*` takes the devices that the other axes leave.
+
+    Args:
+        text: e.g. "dp4,ep8"; axes that are missing have size 1.
+        n_devices: what `dp*` is resolved against.
+
+    Raises:
+        ValueError: bad grammar, an axis named twice, or `dp*` that does not come out whole.
+    """
+    sizes: dict[str, tuple[int, int] | None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(
+            r"(pp|dp)([1-9]\d*)|(ep)([1-9]\d*)(?:x([1-9]\d*))?|(dp)\*", part.strip()
+        )
+        if not match:
+            raise ValueError(f"mesh {text!r}: {part.strip()!r} is not understood; write {GRAMMAR}")
+        name = match[1] or match[3] or match[6]
+        if name in sizes:
+            raise ValueError(f"mesh {text!r} names {name} twice")
+        first = int(match[2] or match[4] or 0)
+        sizes[name] = None if match[6] else (first, int(match[5])) if match[5] else (1, first)
+    nodes, ranks = sizes.get("ep", (1, 1))
+    pp = sizes.get("pp", (1, 1))[1]
+    if "dp" in sizes and sizes["dp"] is None:
+        dp = _remaining(text, pp * nodes * ranks, n_devices)
+    else:
+        dp = sizes.get("dp", (1, 1))[1]
+    return MeshSpec(pp=pp, dp=dp, nodes=nodes, ranks=ranks)
+
+
+def _remaining(text: str, used: int, n_devices: int | None) -> int:
+    if n_devices is None:
+        raise ValueError(f"mesh {text!r}: dp* needs a number of devices to share out")
+    if n_devices % used:
+        below = max(d for d in range(1, used + 1) if n_devices % d == 0)
+        raise ValueError(
+            f"mesh {text!r}: dp* of {n_devices} devices, but the other axes take {used}, which "
+            f"does not divide {n_devices}; the nearest size below that does is {below}"
+        )
+    return n_devices // used
+
+
+def check_devices(spec: MeshSpec, n_devices: int, platform: str):
+    """Raise a ValueError with the numbers and the nearest mesh unless `spec` has `n_devices`."""
+    if spec.n_devices == n_devices:
+        return
+    fixed = spec.pp * spec.ep
+    nearest = (
+        dataclasses.replace(spec, dp=max(1, n_devices // fixed))
+        if n_devices % fixed == 0
+        else MeshSpec(dp=n_devices)
+    )
+    raise ValueError(
+        f"mesh {spec} needs {spec.n_devices} devices, but there are {n_devices} ({platform}); "
+        f"the nearest mesh that fits is --mesh={nearest}"
+    )
+
+
+def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
+    """The device mesh of `spec`, over all devices of the default backend unless given."""
+    devices = jax.devices() if devices is None else devices
+    check_devices(spec, len(devices), devices[0].platform)
+    shape = tuple(spec.sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def region(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
+    """`fn` of one device's shards, run on every device of the mesh: the single `shard_map`.
+
+    Inside, every value counts as different on every device: gradients are those of the SUM of all
+    devices' results, `psum` transposes to `psum`, and what is replicated is for the caller to sum.
+    """
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+BATCH = PartitionSpec(DATA_AXES)
+REPLICATED = PartitionSpec()
+
+
+def data_sum(x):
+    """Sum over all shares of the batch."""
+    return jax.lax.psum(x, DATA_AXES)
+
+
+def data_max(x):
+    """Largest over all shares of the batch."""
+    return jax.lax.pmax(x, DATA_AXES)

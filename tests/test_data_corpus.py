@@ -1,0 +1,136 @@
+"""From text to packed rows: what the tokens say, the cache, and what the errors say."""
+
+import math
+import os
+import pickle
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dsv3_jax.config import DataConfig
+from dsv3_jax.data import PackedRows, load, load_tokenizer, unigram_entropy
+from dsv3_jax.data.cache import SIZES, cached
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Forty documents of random words, about 100,000 characters."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 7))) for _ in range(300)]
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i}: " + " ".join(rng.choices(words, k=500)))
+    cache = str(tmp_path / "cache")
+    return DataConfig(source=str(tmp_path / "text"), held_out=0.1, cache_dir=cache)
+
+
+def small(data, **changes):
+    return load(data, **({"vocab_size": 400, "seq_len": 16, "extra": 2} | changes))
+
+
+def test_tokens_are_the_documents_each_with_its_end(data):
+    corpus = small(data)
+    found = []
+    for side in (corpus.train, corpus.held_out):
+        text = corpus.tokenizer.decode(side.tokens.tolist())
+        assert text.endswith("<|endoftext|>")
+        found += text.split("<|endoftext|>")[:-1]
+    names = [f"{i}.txt" for i in range(40)]
+    written = [open(os.path.join(data.source, name)).read() for name in names]
+    assert sorted(found) == sorted(written)
+    assert corpus.n_train_tokens == len(corpus.train.tokens)
+    assert corpus.train.tokens.dtype == np.uint16
+    assert corpus.unigram_entropy == unigram_entropy(corpus.held_out.tokens)
+    assert 0 < corpus.unigram_entropy < math.log(400)
+
+
+def test_second_load_reads_the_cache(data, monkeypatch):
+    first = small(data)
+    monkeypatch.setattr("dsv3_jax.data.corpus.documents", None)
+    again = small(data)
+    np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
+    assert first.tokenizer.fingerprint == again.tokenizer.fingerprint
+
+
+def test_changed_text_is_read_anew(data):
+    before = small(data).n_train_tokens
+    for i in range(40):
+        with open(os.path.join(data.source, f"{i}.txt"), "a") as file:
+            file.write(" and more")
+    assert small(data).n_train_tokens > before
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "no sizes"])
+def test_damaged_cache_is_built_again(data, tmp_path, capsys, harm):
+    first = np.array(small(data).train.tokens)
+    (path,) = (tmp_path / "cache").glob("tokens-*/train.npy")
+    if harm == "truncate":
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        (path if harm == "remove" else path.with_name(SIZES)).unlink()
+    capsys.readouterr()
+    np.testing.assert_array_equal(small(data).train.tokens, first)
+    assert "is damaged; building it again" in capsys.readouterr().out
+
+
+def test_failed_build_leaves_nothing(tmp_path):
+    def half(folder):
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "key", half)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_builders_of_one_folder(tmp_path):
+    def slow(folder):
+        cached(tmp_path / "key", lambda other: (other / "a").write_text("same"))
+        (folder / "a").write_text("same")
+
+    assert (cached(tmp_path / "key", slow) / "a").read_text() == "same"
+
+
+def test_tokenizer_with_more_ids_than_the_model(data, tmp_path):
+    small(data).tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    path = str(tmp_path / "tokenizer.json")
+    named = DataConfig(source=data.source, tokenizer=path, cache_dir=data.cache_dir)
+    assert small(named).tokenizer.fingerprint == load_tokenizer(path).fingerprint
+    with pytest.raises(ValueError, match="400 ids, more than model.vocab_size=399"):
+        small(named, vocab_size=399)
+
+
+def test_large_vocabularies_are_stored_as_uint32(data):
+    wide = DataConfig(source=data.source, tokenizer="deepseek", cache_dir=data.cache_dir)
+    corpus = small(wide, vocab_size=129_280)
+    assert corpus.train.tokens.dtype == np.uint32
+    assert corpus.train.tokens[-1] == corpus.tokenizer.eos_id
+
+
+def test_rows_overlap_by_extra_and_cover_every_input_once():
+    rows = PackedRows(np.arange(50, dtype=np.uint16), seq_len=8, extra=3)
+    assert len(rows) == 5
+    assert [row.dtype for row in rows] == [np.int32] * 5
+    np.testing.assert_array_equal(np.concatenate([row[:8] for row in rows]), np.arange(40))
+    np.testing.assert_array_equal(rows[4], np.arange(32, 43))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[1], rows[1])
+    with pytest.raises(IndexError):
+        rows[5]
+    assert len(PackedRows(np.arange(43), seq_len=8, extra=3)) == 5
+    assert len(PackedRows(np.arange(42), seq_len=8, extra=3)) == 4
+
+
+def test_text_shorter_than_a_row(data):
+    with pytest.raises(ValueError, match="10 tokens, fewer than the train.seq_len=8 . 3"):
+        PackedRows(np.arange(10), seq_len=8, extra=3)
+    with pytest.raises(ValueError, match="a larger data.held_out"):
+        small(data, seq_len=100_000)
+
+
+def test_unigram_entropy_matches_a_count_by_hand():
+    tokens = np.random.default_rng(0).geometric(0.1, 1000).astype(np.uint16)
+    shares = [count / 1000 for count in Counter(tokens.tolist()).values()]
+    assert unigram_entropy(tokens) == pytest.approx(-sum(p * math.log(p) for p in shares))
+    assert unigram_entropy(np.arange(64)) == pytest.approx(math.log(64))

@@ -1,0 +1,81 @@
+"""Tokenizers: exact round trips, the end-of-document id, and what the errors say."""
+
+import pickle
+import random
+
+import pytest
+import tokenizers
+
+from dsv3_jax.data import Tokenizer, load_tokenizer, train_bpe
+
+TEXT = ["the cat sat on the mat, and the dog sat on the cat\n" * 20, "naïve café\n" * 9]
+ODD = [
+    "",
+    " leading and trailing \t\r\n\n",
+    "\x00\x01\x7f\ufeff\u2028",
+    "混合专家 🦜👩‍🔬 é",
+    "def f(x):\n    return x**2",
+    "".join(random.Random(0).choices([chr(i) for i in range(0x3000)], k=500)),
+    bytes(range(256)).decode("latin-1"),
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(iter(TEXT), 300)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_bpe_round_trip(bpe, text):
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert bpe.encode_batch([text, "x"])[0] == ids
+    assert all(0 < i < bpe.vocab_size for i in ids)
+
+
+def test_bpe_training_is_repeatable_and_compresses(bpe):
+    assert train_bpe(iter(TEXT), 300).fingerprint == bpe.fingerprint
+    assert train_bpe(iter(TEXT), 270).fingerprint != bpe.fingerprint
+    assert len(bpe.encode(TEXT[0])) < len(TEXT[0]) / 2
+    assert bpe.vocab_size <= 300
+    assert train_bpe(iter(TEXT), 270).vocab_size == 270
+    assert bpe.eos_id == 0
+    assert bpe.decode([0]) == "<|endoftext|>"
+
+
+def test_bpe_of_little_text_has_fewer_ids():
+    assert train_bpe(iter(["ab"]), 5000).vocab_size == 258
+
+
+def test_bpe_without_room_for_bytes():
+    with pytest.raises(ValueError, match="model.vocab_size=256 .* at least 257"):
+        train_bpe(iter(TEXT), 256)
+
+
+def test_saved_tokenizer_comes_back(bpe, tmp_path):
+    bpe.backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).fingerprint == bpe.fingerprint
+    assert pickle.loads(pickle.dumps(bpe)).encode("cat") == bpe.encode("cat")
+
+
+def test_deepseek_tokenizer():
+    tokenizer = load_tokenizer("deepseek")
+    assert tokenizer.vocab_size == 128_815
+    assert tokenizer.eos_id == 1
+    assert tokenizer.decode([tokenizer.eos_id]) == "<｜end▁of▁sentence｜>"
+    for text in ODD:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_missing_tokenizer_file(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="did you mean 'tokenizer.json'"):
+        load_tokenizer(str(tmp_path / "tokeniser.json"))
+    with pytest.raises(ValueError, match="is no tokenizer.json"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_tokenizer_without_an_end():
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(ValueError, match="no end-of-document token; add one of .*</s>"):
+        _ = Tokenizer(bare).eos_id

@@ -1,0 +1,91 @@
+"""Train DeepSeek-V3 in JAX.
+
+    python train.py --mesh=dp4,ep8                      the tiny preset on 32 virtual CPU devices
+    python train.py --config=dsv3_16b --mesh=dp*,ep16   a preset on the accelerators that are there
+    python train.py --set data.source=~/books/*.txt     your text: a file, folder, glob or .jsonl
+    python train.py --set optimizer.peak_lr=1e-3        any field of the config
+
+The same command again goes on from the newest checkpoint in --workdir. Ctrl-C saves first.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from dsv3_jax.config import Config, load_preset, override, preset_names
+from sharding.mesh import GRAMMAR, MeshSpec, check_devices, parse_mesh
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", default="tiny", help=f"preset in configs/: {', '.join(preset_names())}"
+    )
+    parser.add_argument(
+        "--mesh",
+        default="dp*",
+        help=f"{GRAMMAR}; dp* takes what devices are left, ep2x4 is 2 nodes of 4 (default: dp*)",
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="where everything of the run is kept (default: runs/CONFIG)"
+    )
+    parser.add_argument("--steps", help="train to this step (short for --set train.steps=N)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="override a field of the config, e.g. checkpoint.every=50; may be repeated",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other hosts first (jax.distributed.initialize from the environment)",
+    )
+    return parser.parse_args()
+
+
+def make_config(arguments: argparse.Namespace) -> Config:
+    config = load_preset(arguments.config)
+    steps = [f"train.steps={arguments.steps}"] if arguments.steps else []
+    for assignment in arguments.set + steps:
+        config = override(config, assignment)
+    return config
+
+
+def start_devices(text: str) -> MeshSpec:
+    """The mesh that `text` names, with virtual CPU devices for it where there is no accelerator."""
+    wanted = None if "*" in text else parse_mesh(text)
+    if wanted is not None:
+        jax.config.update("jax_num_cpu_devices", wanted.n_devices)  # before the first use of jax
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # queued collectives can deadlock
+    if on_cpu and len(jax.devices()) > 1:
+        print(f"no accelerator here: running on {len(jax.devices())} virtual CPU devices")
+    mesh = wanted or parse_mesh(text, len(jax.devices()))
+    check_devices(mesh, len(jax.devices()), jax.default_backend())
+    return mesh
+
+
+def main():
+    arguments = parse_arguments()
+    try:
+        config = make_config(arguments)
+        if arguments.distributed:
+            jax.distributed.initialize()
+        mesh = start_devices(arguments.mesh)
+        from dsv3_jax.training.loop import train
+
+        train(config, mesh, arguments.workdir or Path("runs") / config.name)
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        sys.exit(f"error: {message}")
+
+
+if __name__ == "__main__":
+    main()
