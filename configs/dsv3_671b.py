@@ -30,7 +30,7 @@ def get_config() -> Config:
                 n_experts=256, n_shared=1, hidden=2048, top_k=8, n_groups=8, n_groups_kept=4
             ),
         ),
-        train=TrainConfig(batch=15_360, seq_len=4096, steps=235_243),
+        train=TrainConfig(batch=15_360, seq_len=4096, steps=235_240),
         data=DataConfig(tokenizer="deepseek"),
         parallel=ParallelConfig(zero=3, remat="full"),
     )

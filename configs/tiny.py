@@ -10,6 +10,7 @@ from dsv3_jax.config import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
+    ParallelConfig,
     PrecisionConfig,
     TrainConfig,
 )
@@ -44,5 +45,6 @@ def get_config() -> Config:
             tail_tokens=1e9,
         ),
         precision=PrecisionConfig(compute="float32", moments="float32"),
+        parallel=ParallelConfig(capacity=2.0),
         checkpoint=CheckpointConfig(every=50),
     )

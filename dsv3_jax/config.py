@@ -3,10 +3,9 @@
 import ast
 import dataclasses
 import difflib
-import importlib
+import math
 import types
 import typing
-from pathlib import Path
 
 from sharding.mesh import MeshSpec
 
@@ -197,17 +196,20 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the program lies on the mesh: ZeRO level, remat policy, expert buffer size.
+    """How the program lies on the mesh: ZeRO level, remat policy, expert buffer size, unrolling.
 
     `capacity` is the receive buffer of one dispatch round over a balanced load; what does not fit
-    travels in a further round, so no token is dropped at any value.
+    travels in a further round, so no token is dropped at any value. `unroll` layers run in one turn
+    of the loop over layers: less copying for more compile time.
     """
 
     zero: int = 1
     remat: str = "report"
     capacity: float = 1.25
+    unroll: int = 1
 
     def __post_init__(self):
+        _check_positive(self, "parallel", "unroll")
         if self.zero not in (1, 3):
             raise ValueError(f"parallel.zero={self.zero} must be 1 or 3")
         if self.remat not in REMAT_POLICIES:
@@ -302,24 +304,6 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
 
 
-def preset_names() -> list[str]:
-    """Names that `--config` takes: the files in configs/."""
-    import configs
-
-    return sorted(p.stem for p in Path(configs.__path__[0]).glob("*.py") if p.stem != "__init__")
-
-
-def load_preset(name: str) -> Config:
-    """The `Config` of `configs/<name>.py`.
-
-    Raises:
-        KeyError: no such preset; the message gives the nearest one.
-    """
-    if name not in preset_names():
-        raise KeyError(f"unknown config {name!r}: {nearest(name, preset_names())}")
-    return importlib.import_module(f"configs.{name}").get_config()
-
-
 def override(config, assignment: str):
     """`config` with one field replaced, e.g. "optimizer.peak_lr=1e-3".
 
@@ -358,7 +342,7 @@ def _parse(path: str, text: str, hint):
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = None
-    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind in (int, float) and type(value) in (int, float) and math.isfinite(value):
         if kind(value) == value:
             return kind(value)
     elif kind is bool and isinstance(value, bool):
@@ -372,7 +356,7 @@ def to_dict(config) -> dict:
 
 
 def differences(config: Config, saved: dict) -> list[str]:
-    """A line "a.b: saved -> now" for each field of `config` that differs from a `to_dict` result."""
+    """A line "a.b: saved -> now" for each field of `config` that differs from a `to_dict`."""
     now, before = _flatten(to_dict(config)), _flatten(saved)
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"

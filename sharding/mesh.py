@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 AXES = ("pp", "dp", "node", "rank")
 DATA_AXES = ("dp", "node", "rank")  # the batch is split over these
@@ -122,7 +122,7 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def region(fn: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
+def region(fn: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs) -> Callable:
     """`fn` of one device's shards, run on every device of the mesh: the single `shard_map`.
 
     Inside, every value counts as different on every device: gradients are those of the SUM of all

@@ -23,21 +23,26 @@ KEPT = ("expert", "vocab_shard", "embed_shard")
 class Layout:
     """All that layers need to know about where they run: mesh, ZeRO level, room for expert rows.
 
-    `capacity` is the receive buffer of one round of the expert exchange over a balanced load.
+    `capacity` is the receive buffer of one round of the expert exchange over a balanced load;
+    `unroll` how many layers one turn of the loop over layers runs.
     """
 
     mesh: MeshSpec = MeshSpec()
     zero: int = 1
     capacity: float = 1.25
+    unroll: int = 1
 
-    def stored(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> PartitionSpec:
+    def stored(
+        self, names: tuple[str, ...], sizes: tuple[int, ...], stack: int = 0
+    ) -> PartitionSpec:
         """Placement of a parameter between steps.
 
         Args:
-            names: logical axis names, one a dimension.
-            sizes: global sizes. A parameter stacked over layers is described by one layer.
+            names: logical axis names, one a dimension, without stack dimensions.
+            sizes: global sizes of the same.
+            stack: leading dimensions, such as layers, that come on top.
         """
-        return PartitionSpec(*_split(self.mesh, names, sizes))
+        return PartitionSpec(*(None,) * stack, *_split(self.mesh, names, sizes))
 
     def gather(self, x: jax.Array, names: tuple, sizes: tuple, dtype: jnp.dtype) -> jax.Array:
         """A stored shard -> the array that a layer uses, in `dtype`; leading stack dims are free.
@@ -54,8 +59,16 @@ class Layout:
         )
         return _gather(x, moves, dtype)
 
+    def whole_sum(self, grad: jax.Array, names: tuple, sizes: tuple) -> jax.Array:
+        """A stored gradient, summed over the axes where its parameter is stored whole.
+
+        Over the others `gather` has summed it already.
+        """
+        axes = self.missing(names, sizes)
+        return jax.lax.psum(grad, axes) if axes else grad
+
     def missing(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[str, ...]:
-        """Mesh axes over which the parameter is stored whole: its gradient must be summed there."""
+        """Mesh axes over which the parameter is stored whole."""
         taken = {axis for axes in _split(self.mesh, names, sizes) for axis in axes or ()}
         return tuple(axis for axis in DATA_AXES if axis not in taken and self.mesh.size(axis) > 1)
 

@@ -20,7 +20,7 @@ from dsv3_jax.layers.linear import Linear
 from dsv3_jax.layers.norm import RMSNorm
 from dsv3_jax.shapes import Array, Float, Int
 
-QUERY_CHUNK = 512  # query positions whose scores exist at a time
+QUERY_CHUNK = 128  # query positions whose scores exist at a time
 
 
 class MLA(nnx.Module):

@@ -53,4 +53,4 @@ def scan(fn: Callable, layers: nnx.Module, carry, xs, *, layout: Layout, compute
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     elif remat == "full":
         body = jax.checkpoint(body, prevent_cse=False)
-    return lax.scan(body, carry, (state, xs))
+    return lax.scan(body, carry, (state, xs), unroll=layout.unroll)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dsv3_jax.config import Config
 from dsv3_jax.layers.moe import BalanceBias
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from sharding.mesh import MeshSpec
+from sharding.mesh import REPLICATED, MeshSpec
 from sharding.rules import Layout
 
 
@@ -26,7 +26,9 @@ class TrainState(NamedTuple):
 
 
 def layout_of(config: Config, mesh: MeshSpec) -> Layout:
-    return Layout(mesh=mesh, zero=config.parallel.zero, capacity=config.parallel.capacity)
+    """The layout that the config asks for on `mesh`."""
+    parallel = config.parallel
+    return Layout(mesh=mesh, zero=parallel.zero, capacity=parallel.capacity, unroll=parallel.unroll)
 
 
 def parts_of(model: DeepSeekV3):
@@ -51,17 +53,19 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
 def specs(tree, layout: Layout):
     """PartitionSpecs: of each parameter, and of the moments of it, where the layout stores it."""
 
-    def of(leaf) -> PartitionSpec:
+    def of(leaf):
         if not (isinstance(leaf, nnx.Variable) and "names" in leaf.get_metadata()):
-            return PartitionSpec()
-        stacked = len(leaf.shape) - len(leaf.sizes)
-        return PartitionSpec(*(None,) * stacked, *layout.stored(leaf.names, leaf.sizes))
+            return REPLICATED
+        return layout.stored(leaf.names, leaf.sizes, stack=len(leaf.shape) - len(leaf.sizes))
 
     return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def abstract_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, layout: Layout
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    layout: Layout,
 ) -> TrainState:
     """Shapes, types and placements of the state, without its numbers."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.layers.linear import assemble
@@ -41,7 +41,7 @@ def ready(params: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
     return nnx.State({**params, **assemble(nnx.State(early), layout, compute)})
 
 
-def loss_and_gradients(config: Config, mesh: Mesh, layout: Layout) -> Callable:
+def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
     """(params, bias, batch, mtp_weight) -> (losses, statistics, gradients), sharded as stored.
 
     The gradients are those of the mean over the global batch. Losses are that mean; load and
@@ -59,7 +59,8 @@ def loss_and_gradients(config: Config, mesh: Mesh, layout: Layout) -> Callable:
             return losses.total, (losses, stats)
 
         grads, (losses, stats) = jax.grad(loss_fn, has_aux=True)(params)
-        return data_sum(losses), summarize(stats), whole_sums(grads, layout)
+        grads = of_parameters(layout.whole_sum, grads)
+        return data_sum(losses), summarize(stats), grads
 
     return region(
         shard,
@@ -77,14 +78,13 @@ def summarize(stats: RouterStats | None) -> RouterStats | None:
     return sums._replace(rounds=data_max(stats.rounds))
 
 
-def whole_sums(grads: nnx.State, layout: Layout) -> nnx.State:
-    """Gradients of what is stored whole on some axes, summed over those; the others are already."""
-
-    def one(variable):
-        axes = layout.missing(variable.names, variable.sizes)
-        return variable.replace(jax.lax.psum(variable[...], axes)) if axes else variable
-
-    return jax.tree.map(one, grads, is_leaf=lambda x: isinstance(x, nnx.Variable))
+def of_parameters(fn: Callable, state: nnx.State) -> nnx.State:
+    """fn(array, names, sizes) of every parameter."""
+    return jax.tree.map(
+        lambda variable: variable.replace(fn(variable[...], variable.names, variable.sizes)),
+        state,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
 
 
 def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:
@@ -98,7 +98,10 @@ def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:
 
 
 def make_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, layout: Layout
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    layout: Layout,
 ) -> Callable:
     """(state, batch) -> (state, metrics): the program that training runs."""
     compute = loss_and_gradients(config, mesh, layout)
@@ -115,7 +118,7 @@ def make_step(
             bias = update_bias(bias, stats.load, bias_rate(config.losses, tokens))
         metrics = Metrics(
             losses=losses,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             lr=learning_rate(config.optimizer, state.step, tokens_per_step),
             router=stats,
         )

@@ -1,0 +1,125 @@
+"""Grouped matmul against a loop over groups: values and both gradients, whatever the sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.numerics.grouped_matmul import grouped_matmul
+
+WIDTH, HIDDEN = 6, 5
+CASES = {
+    "balanced": (700, [175, 175, 175, 175]),
+    "uneven": (700, [300, 1, 389, 10]),
+    "empty groups": (700, [0, 450, 0, 250]),
+    "empty ends": (700, [0, 320, 380, 0]),
+    "all in the first": (700, [700, 0, 0, 0]),
+    "all in the last": (700, [0, 0, 0, 700]),
+    "whole blocks": (700, [256, 128, 0, 316]),
+    "rows left over": (700, [130, 0, 257, 64]),
+    "all rows left over": (700, [0, 0, 0, 0]),
+    "few rows": (20, [9, 0, 4, 7]),
+    "few rows, some left over": (20, [3, 0, 9, 4]),
+    "one row": (1, [0, 0, 1, 0]),
+}
+
+
+def inputs(n_rows: int, n_groups: int):
+    rng = np.random.default_rng(0)
+    shapes = (n_rows, WIDTH), (n_groups, WIDTH, HIDDEN), (n_rows, HIDDEN)
+    return [rng.normal(size=shape) for shape in shapes]
+
+
+def reference(rows, weights, grad, sizes):
+    """Output and gradients of rows and weights, one row at a time."""
+    out, d_rows, d_weights = np.zeros_like(grad), np.zeros_like(rows), np.zeros_like(weights)
+    row = 0
+    for group, size in enumerate(sizes):
+        for _ in range(size):
+            out[row] = rows[row] @ weights[group]
+            d_rows[row] = weights[group] @ grad[row]
+            d_weights[group] += np.outer(rows[row], grad[row])
+            row += 1
+    return out, d_rows, d_weights
+
+
+@jax.jit
+def run(rows, weights, grad, sizes):
+    out, pull = jax.vjp(functools.partial(grouped_matmul, sizes=sizes), rows, weights)
+    return out, *pull(grad)
+
+
+def assert_close(got, want, tolerance):
+    """Within `tolerance` of the largest value."""
+    got = np.asarray(got, np.float64)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(np.abs(want).max(), 1.0))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_a_loop(case):
+    n_rows, sizes = CASES[case]
+    arrays = inputs(n_rows, len(sizes))
+    want = reference(*arrays, sizes)
+    got = run(*(jnp.asarray(x, jnp.float32) for x in arrays), jnp.asarray(sizes, jnp.int32))
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, 1e-5)  # float32
+    assert (np.asarray(got[0])[sum(sizes) :] == 0).all()
+    assert (np.asarray(got[1])[sum(sizes) :] == 0).all()
+
+
+@pytest.mark.parametrize("case", ["uneven", "rows left over", "few rows"])
+def test_bfloat16(case):
+    n_rows, sizes = CASES[case]
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(n_rows, len(sizes))]
+    want = reference(*(np.asarray(x, np.float64) for x in arrays), sizes)
+    got = run(*arrays, jnp.asarray(sizes, jnp.int32))
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert_close(one, other, 2e-2)  # bfloat16
+
+
+def test_bfloat16_weight_gradient_is_summed_wide():
+    """3000 equal terms: a sum held in bfloat16 stops growing at 256 ones."""
+    n_rows = 3000
+    ones = jnp.ones((n_rows, WIDTH), jnp.bfloat16), jnp.ones((2, WIDTH, HIDDEN), jnp.bfloat16)
+    grad = jnp.ones((n_rows, HIDDEN), jnp.bfloat16)
+    _, _, d_weights = run(*ones, grad, jnp.array([2999, 1], jnp.int32))
+    assert_close(d_weights[0], np.full((WIDTH, HIDDEN), 2999.0), 2.0**-8)  # one rounding at the end
+    assert_close(d_weights[1], np.ones((WIDTH, HIDDEN)), 0.0)
+
+
+def test_what_is_left_over_does_not_matter():
+    """Rows beyond the last group may hold anything, as may their part of the gradient."""
+    n_rows, sizes = CASES["rows left over"]
+    rows, weights, grad = (np.float32(x) for x in inputs(n_rows, len(sizes)))
+    sizes = jnp.asarray(sizes, jnp.int32)
+    want = run(rows, weights, grad, sizes)
+    rows[sizes.sum() :], grad[sizes.sum() :] = 1e6, -1e6
+    for one, other in zip(run(rows, weights, grad, sizes), want, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_under_a_scan_of_stacked_weights():
+    """As in the model: layer after layer, with gradients through all of them."""
+    rng, (n_rows, sizes) = np.random.default_rng(1), CASES["few rows, some left over"]
+    rows = rng.normal(size=(n_rows, WIDTH))
+    stacked = rng.normal(size=(2, len(sizes), WIDTH, WIDTH))
+
+    def loss(rows, stacked):
+        def layer(x, weights):
+            return grouped_matmul(x, weights, jnp.asarray(sizes)), None
+
+        return jnp.square(jax.lax.scan(layer, rows, stacked)[0]).sum()
+
+    narrow = rows.astype(np.float32), stacked.astype(np.float32)
+    d_rows, d_stacked = jax.jit(jax.grad(loss, argnums=(0, 1)))(*narrow)
+    zero = np.zeros_like(rows)
+    first = reference(rows, stacked[0], zero, sizes)[0]
+    second = reference(first, stacked[1], zero, sizes)[0]
+    _, d_first, d_second_weights = reference(first, stacked[1], 2 * second, sizes)
+    _, want_rows, d_first_weights = reference(rows, stacked[0], d_first, sizes)
+    assert_close(d_rows, want_rows, 1e-5)
+    assert_close(d_stacked[0], d_first_weights, 1e-5)
+    assert_close(d_stacked[1], d_second_weights, 1e-5)

@@ -1,0 +1,313 @@
+"""The training step on a mesh equals the step on one device, in every loss, gradient and count.
+
+One tiny model with every part (dense, MoE, MTP; sizes distinct), and a batch whose masks and
+routings differ from shard to shard. Gradients agree to 1e-4 of a tensor's largest value and losses
+to 1e-5 relative: float32 sums in another order. Loads are counts and agree exactly.
+"""
+
+import contextlib
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference.step import moved_bias as reference_moved_bias
+
+from dsv3_jax.config import (
+    AttentionConfig,
+    Config,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainConfig,
+    check_mesh,
+)
+from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.losses import Batch
+from dsv3_jax.model import abstract_model
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.optimizer import make_optimizer, moved_bias
+from dsv3_jax.training.state import (
+    abstract_state,
+    fresh_state,
+    layout_of,
+    parts_of,
+)
+from dsv3_jax.training.step import loss_and_gradients, make_step, summarize, update_bias
+from sharding.expert_parallel import capacity_of
+from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
+
+BATCH_SIZE, LENGTH, VOCAB, N_EXPERTS, TOP_K, N_MOE = 8, 16, 64, 8, 2, 3  # MoE layers with MTP's
+N_PAIRS = BATCH_SIZE * LENGTH * TOP_K
+
+
+def config_of(zero: int = 1, remat: str = "report") -> Config:
+    return Config(
+        name="test",
+        model=ModelConfig(
+            vocab_size=VOCAB,
+            width=32,
+            n_layers=3,
+            n_dense=1,
+            dense_hidden=40,
+            attention=AttentionConfig(
+                n_heads=2, q_rank=24, kv_rank=16, nope_dim=6, rope_dim=4, value_dim=10
+            ),
+            moe=MoEConfig(
+                n_experts=N_EXPERTS, n_shared=1, hidden=12, top_k=TOP_K, n_groups=4, n_groups_kept=2
+            ),
+            init_std=0.15,
+        ),
+        train=TrainConfig(batch=BATCH_SIZE, seq_len=LENGTH, steps=3),
+        optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
+        losses=LossConfig(balance_weight=0.05, bias_rate=0.01),
+        precision=PrecisionConfig(compute="float32", moments="float32"),
+        parallel=ParallelConfig(zero=zero, remat=remat),
+    )
+
+
+def placed(mesh_text: str, config: Config):
+    spec = parse_mesh(mesh_text)
+    check_mesh(config, spec)
+    return make_mesh(spec, jax.devices()[: spec.n_devices]), layout_of(config, spec)
+
+
+@functools.cache
+def program(mesh_text: str, zero: int = 1, remat: str = "report"):
+    config = config_of(zero, remat)
+    return jax.jit(loss_and_gradients(config, *placed(mesh_text, config)))
+
+
+@functools.cache
+def parameters():
+    """Numbers for the abstract model; norm scales differ from 1 and balance biases from 0."""
+    rng = np.random.default_rng(0)
+
+    def numbers(variable):
+        vector = len(variable.get_metadata().get("sizes", ())) == 1
+        values = vector + 0.15 * rng.normal(size=variable.shape)
+        return variable.replace(values.astype(np.float32))
+
+    _, params, bias = parts_of(abstract_model(config_of().model, Policy()))
+    return jax.tree.map(numbers, (params, bias), is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_of(seed: int) -> Batch:
+    """Row i prefers tokens near 8 i, and the second half of the rows has few targets."""
+    rng = np.random.default_rng(seed)
+    near = np.arange(BATCH_SIZE)[:, None] * 8 + rng.integers(0, 8, (BATCH_SIZE, LENGTH + 2))
+    anywhere = rng.integers(0, VOCAB, near.shape)
+    tokens = np.where(rng.uniform(size=near.shape) < 0.7, near, anywhere).astype(np.int32)
+    rate = np.where(np.arange(BATCH_SIZE) < BATCH_SIZE // 2, 0.9, 0.1)
+    mask = rng.uniform(size=tokens.shape) < rate[:, None]
+    mask[5] = False  # on some meshes a shard without targets
+    return Batch(tokens, mask)
+
+
+def favouring(*experts: int) -> nnx.State:
+    """A balance bias that sends every token to these experts, in every layer."""
+    row = np.where(np.isin(np.arange(N_EXPERTS), experts), 1e3, 0.0).astype(np.float32)
+    return jax.tree.map(lambda x: np.broadcast_to(row[None, :], x.shape), parameters()[1])
+
+
+ROUTINGS = {
+    "learned": (),
+    "one rank": (6, 7),  # a group: one rank's experts on 4 ranks, one node's on any number
+    "two ranks": (0, 5),
+}
+
+
+@functools.cache
+def run(routing: str, mesh_text: str, zero: int = 1, remat: str = "report"):
+    """(losses, statistics, gradients) as NumPy arrays."""
+    params, bias = parameters()
+    if ROUTINGS[routing]:
+        bias = favouring(*ROUTINGS[routing])
+    fn = program(mesh_text, zero, remat)
+    return jax.tree.map(np.asarray, fn(params, bias, batch_of(0), np.float32(0.3)))
+
+
+def assert_same_gradients(got, want):
+    wanted = dict(jax.tree.flatten_with_path(want)[0])
+    assert len(wanted) > 30
+    for path, value in jax.tree.flatten_with_path(got)[0]:
+        name, size = jax.tree_util.keystr(path), np.abs(wanted[path]).max()
+        error = np.abs(value - wanted[path]).max()
+        assert error <= 1e-4 * size, f"{name}: off by {error}, largest {size}"
+
+
+def assert_same(got, want):
+    losses, stats, grads = got
+    chex.assert_trees_all_close(losses, want[0], rtol=1e-5, atol=0)
+    np.testing.assert_array_equal(stats.load, want[1].load)
+    np.testing.assert_allclose(stats.balance, want[1].balance, rtol=1e-5)
+    assert_same_gradients(grads, want[2])
+
+
+def rounds_of(experts, mesh: str) -> int:
+    """Rounds when every token goes to these experts."""
+    spec = parse_mesh(mesh)
+    pairs = N_PAIRS // spec.data
+    busiest = np.bincount(np.array(experts) * spec.ep // N_EXPERTS).max() * pairs // TOP_K
+    return -(-busiest // capacity_of(pairs, spec.ep, ParallelConfig().capacity))
+
+
+def check(mesh, zero, remat="report"):
+    for routing, experts in ROUTINGS.items():
+        got = run(routing, mesh, zero, remat)
+        assert_same(got, run(routing, "dp1"))
+        stats = got[1]
+        assert stats.load.sum() == stats.sent.sum() == N_MOE * N_PAIRS, routing
+        if experts:
+            np.testing.assert_array_equal(stats.load[:, list(experts)], N_PAIRS / TOP_K)
+            rounds = rounds_of(experts, mesh)
+            np.testing.assert_array_equal(stats.rounds, np.full(N_MOE, rounds))
+            assert rounds > 1 or routing != "one rank" or parse_mesh(mesh).ep == 1
+
+
+def test_equals_one_device():
+    check("dp2,ep2x2", zero=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh, zero",
+    [
+        ("dp8", 1),
+        ("dp8", 3),
+        ("ep8", 3),
+        ("ep4", 1),
+        ("ep2x2", 3),
+        ("ep2x4", 1),
+        ("dp2,ep4", 1),
+        ("dp2,ep4", 3),
+    ],
+)
+def test_equals_one_device_on_more_meshes(mesh, zero):
+    check(mesh, zero)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, zero, remat", [("dp2,ep4", 3, "full"), ("ep2x4", 1, "none")])
+def test_remat_changes_nothing(mesh, zero, remat):
+    """ZeRO-3 with everything computed again equals ZeRO-1 with the report's selection."""
+    check(mesh, zero, remat)
+    assert_same(run("learned", mesh, zero, remat), run("learned", mesh, 1, "report"))
+
+
+def test_one_device_needs_one_round():
+    stats = run("one rank", "dp1")[1]
+    np.testing.assert_array_equal(stats.rounds, np.ones(N_MOE))
+
+
+def test_every_parameter_has_a_gradient():
+    """Also those of what only few tokens or no loss of the main model reach."""
+    for path, grad in jax.tree.flatten_with_path(run("learned", "dp1")[2])[0]:
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-7, jax.tree_util.keystr(path)
+
+
+def steps(mesh_text: str, n: int):
+    """Metrics of `n` steps and the last state; asserts what must hold from step to step."""
+    config = config_of(zero=3 if mesh_text != "dp1" else 1)
+    mesh, layout = placed(mesh_text, config)
+    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision), BATCH_SIZE * LENGTH)
+    abstract = abstract_state(config, optimizer, mesh, layout)
+    state = fresh_state(config, optimizer, abstract)
+    step, out = make_step(config, optimizer, mesh, layout), []
+    for i in range(n):
+        with compilations() as count:
+            state, metrics = step(state, batch_of(i))
+        assert bool(count) == (i == 0), "the step is compiled once, at its first call"
+        jax.tree.map(assert_placed_alike, state, abstract)
+        out.append(jax.tree.map(np.asarray, metrics))
+    return out, jax.tree.map(np.asarray, state)
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list with one entry for each program that XLA compiles in the block."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def assert_placed_alike(got, want):
+    assert got.sharding.is_equivalent_to(want.sharding, got.ndim), (got.sharding, want.sharding)
+
+
+@pytest.mark.slow
+def test_three_steps_are_the_same_on_a_mesh():
+    want, last = steps("dp1", 3)
+    got, state = steps("dp2,ep4", 3)
+    for a, b in zip(got, want, strict=True):
+        chex.assert_trees_all_close(a.losses, b.losses, rtol=1e-5, atol=0)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-5)
+        np.testing.assert_array_equal(a.router.load, b.router.load)
+        np.testing.assert_array_equal(a.lr, b.lr)
+    assert want[2].losses.main < want[0].losses.main
+    assert int(state.step) == 3
+    chex.assert_trees_all_equal(state.bias, last.bias)
+    assert all(np.abs(x).max() > 0.02 for x in jax.tree.leaves(state.bias))
+
+
+def test_moved_bias():
+    rng = np.random.default_rng(0)
+    bias = rng.normal(size=(3, 8)).astype(np.float32)
+    load = rng.integers(0, 9, (3, 8)).astype(np.float32)
+    load[1] = 5.0  # balanced: stays
+    load[2, :4], load[2, 4:] = 0.0, 4.0
+    load[2, 0], load[2, 7] = 2.0, 2.0  # exactly the mean: stay
+    got = np.asarray(moved_bias(bias, load, jnp.float32(0.125)))
+    np.testing.assert_allclose(got, reference_moved_bias(bias, load, 0.125), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(got[1], bias[1])
+    np.testing.assert_array_equal(got[2, [0, 7]], bias[2, [0, 7]])
+
+
+def test_update_bias_gives_each_layer_its_load():
+    """MoE layers first, MTP last: the order in which training_loss joins their statistics."""
+    rng = np.random.default_rng(1)
+    bias = jax.tree.map(np.zeros_like, parameters()[1])
+    assert [x.shape for x in jax.tree.leaves(bias)] == [(2, N_EXPERTS), (1, N_EXPERTS)]
+    load = rng.integers(0, 9, (N_MOE, N_EXPERTS)).astype(np.float32)
+    moved = update_bias(bias, jnp.asarray(load), jnp.float32(0.5))
+    want = reference_moved_bias(np.zeros((N_MOE, N_EXPERTS)), load, 0.5)
+    np.testing.assert_array_equal(moved["moe"]["ffn"]["bias"][...], want[:2])
+    np.testing.assert_array_equal(moved["mtp"]["block"]["ffn"]["bias"][...], want[2:])
+
+
+def test_bias_follows_the_load_of_the_whole_batch():
+    """Shards with opposite imbalances: each alone would move the bias, together they must not."""
+    rng = np.random.default_rng(2)
+    tilt = rng.integers(1, 5, (N_MOE, N_EXPERTS))
+    shards = np.stack([8 + tilt * sign for sign in (1, -1, -1, 1, -1, 1, 1, -1)])
+    shards[:, 0, 0] += 1  # but for one expert, which is over the mean on all of them
+    mesh = make_mesh(parse_mesh("dp2,ep4"))
+
+    def shard(load, rounds):
+        numbers = jnp.zeros(N_MOE)
+        return summarize(RouterStats(load[0], numbers, rounds[0], numbers))
+
+    rounds = rng.integers(1, 6, (8, N_MOE)).astype(np.int32)
+    total = jax.jit(region(shard, mesh, BATCH, REPLICATED))(shards.astype(np.float32), rounds)
+    np.testing.assert_array_equal(total.load, shards.sum(0))
+    np.testing.assert_array_equal(total.rounds, rounds.max(0))
+    bias = jax.tree.map(np.zeros_like, parameters()[1])
+    moved = jnp.concatenate(jax.tree.leaves(update_bias(bias, total.load, jnp.float32(0.5))))
+    want = np.zeros((N_MOE, N_EXPERTS))
+    want[0] = 0.5  # the mean of this layer lies above all others now
+    want[0, 0] = -0.5
+    np.testing.assert_array_equal(moved, want)

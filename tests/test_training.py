@@ -1,0 +1,138 @@
+"""The run as users see it: first step, resume, kill -9, Ctrl-C, and errors of the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from configs import load_preset
+from dsv3_jax.config import override
+from dsv3_jax.losses import Batch
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.training.loop import check_workdir
+from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
+from dsv3_jax.training.step import make_step
+from sharding.mesh import BATCH, make_mesh, parse_mesh
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "model.width=32",
+    "model.vocab_size=512",
+    "model.n_layers=2",
+    "model.moe.n_experts=8",
+    "model.moe.n_groups=4",
+    "model.moe.n_groups_kept=2",
+    "model.moe.top_k=2",
+    "model.moe.hidden=16",
+    "train.batch=8",
+    "train.seq_len=32",
+    "train.eval_every=1000",
+    "train.sample_tokens=4",
+    "checkpoint.every=5",
+]
+
+
+def test_first_step_of_the_tiny_preset():
+    """Loss and gradient norm of step 1, as first measured; the second step does not trace again."""
+    config, spec = load_preset("tiny"), parse_mesh("dp2,ep2x2")
+    mesh, layout = make_mesh(spec), layout_of(config, spec)
+    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision), 4096)
+    abstract = abstract_state(config, optimizer, mesh, layout)
+    state = fresh_state(config, optimizer, abstract)
+    tokens = np.random.default_rng(0).integers(0, 2048, (32, 130)).astype(np.int32)
+    batch = jax.device_put(Batch(tokens, np.ones(tokens.shape, bool)), NamedSharding(mesh, BATCH))
+    step = make_step(config, optimizer, mesh, layout)
+    state, metrics = step(state, batch)
+    np.testing.assert_allclose(metrics.losses.total, 9.946968, rtol=2e-6)
+    np.testing.assert_allclose(metrics.grad_norm, 0.466126, rtol=2e-5)
+    assert metrics.router.load.sum() == metrics.router.sent.sum() == 4 * 32 * 128 * 4
+    step(state, batch)
+    assert step._cache_size() == 1
+
+
+def test_workdir_of_another_config(tmp_path):
+    config = load_preset("tiny")
+    check_workdir(config, tmp_path)
+    check_workdir(override(config, "train.steps=7"), tmp_path)  # a longer run is the same run
+    with pytest.raises(ValueError, match=r"optimizer\.clip: 1\.0 -> 2\.0\n.*another --workdir"):
+        check_workdir(override(config, "optimizer.clip=2"), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["clip"] == 1.0
+
+
+def command(workdir: Path, steps: int, *more: str) -> list[str]:
+    """train.py on a small model and the project's own sources."""
+    settings = [*SMALL, f"data.source={ROOT / 'dsv3_jax'}", f"data.cache_dir={workdir.parent}/cache"]
+    flags = [f"--set={setting}" for setting in [*settings, *more]]
+    return [
+        *(sys.executable, str(ROOT / "train.py"), "--mesh=dp2,ep2"),
+        *(f"--workdir={workdir}", f"--steps={steps}", *flags),
+    ]
+
+
+def rows_of(workdir: Path) -> dict[int, dict]:
+    """Training rows by step, without what depends on the clock."""
+    path = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    timed = "tokens_per_second"
+    return {
+        row["step"]: {name: value for name, value in row.items() if name != timed}
+        for row in rows
+        if "loss" in row
+    }
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen):
+    while not (workdir / "metrics.jsonl").exists() or step not in rows_of(workdir):
+        assert process.poll() is None, "the run ended before it was stopped"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_killed_and_interrupted_runs_go_on_bit_for_bit(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run(command(whole, 24), check=True, capture_output=True, text=True)
+    assert "nats below the unigram entropy" in done.stdout and "sample:" in done.stdout
+    for name in ("plots/loss.png", "plots/expert_load.png", "config.json", "expert_load.npz"):
+        assert (whole / name).stat().st_size > 0
+
+    for number, until in ((signal.SIGKILL, 8), (signal.SIGINT, 13)):
+        process = subprocess.Popen(command(killed, 24), stdout=subprocess.PIPE, text=True)
+        wait_for_step(killed, until, process)
+        os.kill(process.pid, number)
+        out, _ = process.communicate(timeout=120)
+    assert "stopped and saved at step" in out and process.returncode == 130
+    again = subprocess.run(command(killed, 24), check=True, capture_output=True, text=True)
+    assert "resuming at step" in again.stdout
+    assert rows_of(killed) == rows_of(whole)
+    assert list(rows_of(whole)) == list(range(1, 25))
+    assert all(row["dropped_tokens"] == 0 for row in rows_of(whole).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=tinny"], "did you mean 'tiny'"),
+        (["--set", "optimizer.peek_lr=1"], "did you mean 'peak_lr'"),
+        (["--mesh=dp4,xp8"], "'xp8' is not understood"),
+        (["--mesh=dp3,ep8"], r"train.batch=32 sequences cannot be divided over dp * ep=24"),
+        (["--mesh=ep32"], "model.moe.n_experts=16 cannot be divided over ep=32"),
+        (["--mesh=pp2,ep8"], "comes with the pipeline"),
+        (["--set", "data.source=/no/such/text"], "/no/such/text"),
+    ],
+)
+def test_command_line_errors(arguments, message, tmp_path):
+    run = [sys.executable, str(ROOT / "train.py"), f"--workdir={tmp_path / 'run'}", *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
