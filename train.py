@@ -9,7 +9,6 @@ The same command again goes on from the newest checkpoint in --workdir. Ctrl-C s
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import jax
 
 from configs import load_preset, preset_names
 from dsv3_jax.config import Config, override
+from dsv3_jax.training.host import with_huge_pages
 from sharding.mesh import GRAMMAR, MeshSpec, check_devices, parse_mesh
 
 
@@ -72,17 +72,6 @@ def start_devices(text: str) -> MeshSpec:
     mesh = wanted or parse_mesh(text, len(jax.devices()))
     check_devices(mesh, len(jax.devices()), jax.default_backend())
     return mesh
-
-
-def with_huge_pages():
-    """Start again with huge pages in malloc, where that is a choice.
-
-    XLA:CPU allocates its temporaries anew each step, and faulting them in by small pages took a
-    fifth of a step's CPU time; the C library reads the setting only when a process starts.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, sys.orig_argv)
 
 
 def main():

@@ -103,8 +103,8 @@ def exchange(fn: Callable, params, rows, weights: jax.Array, ids: jax.Array, rou
     """Sum over each row's experts of weight * expert(row), exact for every routing.
 
     Args:
-        fn: (params, received rows, weights [r], local experts [r]) -> [r D], zeros where the
-            local expert is `n_local`.
+        fn: (params, rows, weights [r], sizes [n_local]) -> [r D], of rows grouped by local expert,
+            `sizes` of each; what lies beyond the last group must come out as zeros.
         params: this rank's share of the experts.
         rows: pytree of [t ...].
         weights: [t K].
@@ -116,14 +116,26 @@ def exchange(fn: Callable, params, rows, weights: jax.Array, ids: jax.Array, rou
     plan = plan_rounds(ids, route)
 
     def one_round(index, params, rows, weights, plan):
-        received, gates, experts = dispatch(rows, weights, plan, route, index)
-        return combine(fn(params, received, gates, experts), plan, route, index)
+        *received, experts = dispatch(rows, weights, plan, route, index)
+        received, sizes, ungroup = _grouped(tuple(received), experts, route)
+        return combine(ungroup(fn(params, *received, sizes)), plan, route, index)
 
     y = one_round(0, params, rows, weights, plan)
     most = ids.shape[0] * min(ids.shape[1], route.n_local)  # pairs from one rank to another
     if most > route.capacity:
         y = y + _further_rounds(one_round, params, rows, weights, plan, y.dtype)
     return y, plan
+
+
+def _grouped(received, experts: jax.Array, route: Route) -> tuple:
+    """What was received in the order of local experts, their sizes, and the way back."""
+    sizes = jnp.zeros(route.n_local, jnp.int32).at[experts].add(1, mode="drop")
+    if route.mesh.ep == 1:  # what one rank sent is in that order
+        return received, sizes, lambda out: out
+    order = jnp.argsort(experts, stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    grouped = jax.tree.map(lambda x: _spread(x, order, inverse[:, None]), received)
+    return grouped, sizes, lambda out: _spread(out, inverse, order[:, None])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))

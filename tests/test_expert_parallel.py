@@ -93,8 +93,9 @@ def cases() -> list[tuple]:
     return out
 
 
-def apply_matrices(matrices, rows, weights, experts):
-    """weight * M_expert row; the one-hot row of "nothing was sent here" is zero."""
+def apply_matrices(matrices, rows, weights, sizes):
+    """weight * M_expert row of rows grouped by expert; zero beyond the last group."""
+    experts = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0]), side="right")
     gates = jax.nn.one_hot(experts, matrices.shape[0]) * weights[:, None]
     return jnp.einsum("re,rD,eOD->rO", gates, rows, matrices)
 
@@ -256,8 +257,8 @@ def check_received(received, gates, experts, ids, capacity):
     assert np.unique(pairs).size == pairs.size == ids.size, "a pair was lost or came twice"
 
 
-def dequantized(matrices, rows, weights, experts):
-    return apply_matrices(matrices, rows["values"] * rows["scale"], weights, experts)
+def dequantized(matrices, rows, weights, sizes):
+    return apply_matrices(matrices, rows["values"] * rows["scale"], weights, sizes)
 
 
 def test_gradients_of_a_pytree_of_rows():

@@ -94,24 +94,24 @@ def rotated(x, where):
 
 
 def test_rotate():
-    x = np.random.default_rng(2).normal(size=(BATCH, LENGTH, 3, 6)).astype(np.float32)
+    x = np.random.default_rng(2).normal(size=(BATCH, 3, LENGTH, 6)).astype(np.float32)
     where = positions() + np.array([[0], [11]], np.int32)
     frequencies = reference.rope_frequencies(6, 100.0)
     want = np.empty(x.shape)
     for b, h in np.ndindex(BATCH, 3):
-        want[b, :, h] = reference.rope(x[b, :, h].astype(float), where[b], frequencies)
+        want[b, h] = reference.rope(x[b, h].astype(float), where[b], frequencies)
     assert_close(rotated(x, where), want)
 
 
 def test_rotated_products_depend_on_distance_only():
-    q, k = np.random.default_rng(3).normal(size=(2, 1, LENGTH, 1, 6)).astype(np.float32)
+    q, k = np.random.default_rng(3).normal(size=(2, 1, 1, LENGTH, 6)).astype(np.float32)
 
     def products(first):
-        turned = (rotated(x, positions(1, first))[0, :, 0] for x in (q, k))
+        turned = (rotated(x, positions(1, first))[0, 0] for x in (q, k))
         return np.einsum("tr,sr->ts", *turned)
 
     assert_close(products(23), products(0), 1e-5)
-    assert np.abs(products(0) - np.einsum("tr,sr->ts", q[0, :, 0], k[0, :, 0])).max() > 0.1
+    assert np.abs(products(0) - np.einsum("tr,sr->ts", q[0, 0], k[0, 0])).max() > 0.1
 
 
 # Attention
@@ -160,8 +160,8 @@ def test_k_rope_is_one_head_for_all(monkeypatch):
 def test_attention_in_chunks(monkeypatch):
     """Values and gradients of queries taken a few at a time are those of all at once."""
     rng = np.random.default_rng(4)
-    q, k = rng.normal(size=(2, BATCH, LENGTH, 3, 14)).astype(np.float32)
-    v, grad = rng.normal(size=(2, BATCH, LENGTH, 3, 5)).astype(np.float32)
+    q, k = rng.normal(size=(2, BATCH, 3, LENGTH, 14)).astype(np.float32)
+    v, grad = rng.normal(size=(2, BATCH, 3, LENGTH, 5)).astype(np.float32)
 
     def run(step):
         def attention(q, k, v):  # a new function: jit does not see that the chunk has changed

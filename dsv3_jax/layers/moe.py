@@ -87,30 +87,15 @@ def apply_experts(
     params: tuple[Float[Array, "e D F2"], Float[Array, "e F D"]],
     rows: Float[Array, "r D"],
     gates: Float32[Array, " r"],
-    experts: Int[Array, " r"],
+    sizes: Int[Array, " e"],
 ) -> Float[Array, "r D"]:
-    """gate * FFN_expert(row) for rows in any order; zeros where `experts` is e, one past the last.
+    """gate * FFN_expert(row) for rows grouped by expert, zeros beyond the last group.
 
     The gate multiplies the hidden layer, which is narrower than the result and, unlike it, at hand
     in the backward.
     """
     gate_up, down = params
-    order = jnp.argsort(experts, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    sizes = jnp.zeros(gate_up.shape[0], jnp.int32).at[experts].add(1, mode="drop")
-    rows = checkpoint_name(permute(rows, order, inverse), "dispatched")
-    gates = permute(gates, order, inverse)[:, None].astype(rows.dtype)
+    rows = checkpoint_name(rows, "dispatched")
     hidden = checkpoint_name(grouped_matmul(rows, gate_up, sizes), "expert_hidden")
-    return permute(grouped_matmul(swiglu(hidden) * gates, down, sizes), inverse, order)
-
-
-@jax.custom_vjp
-def permute(x: Float[Array, "r ..."], order: Int[Array, " r"], inverse: Int[Array, " r"]) -> Array:
-    """x[order], whose gradient is a gather too: grad[inverse]."""
-    return x[order]
-
-
-permute.defvjp(
-    lambda x, order, inverse: (x[order], (order, inverse)),
-    lambda saved, grad: (grad[saved[1]], None, None),
-)
+    gated = swiglu(hidden) * gates[:, None].astype(rows.dtype)
+    return grouped_matmul(gated, down, sizes)

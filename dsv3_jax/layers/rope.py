@@ -64,8 +64,8 @@ def rotations(
 
 
 def rotate(
-    x: Float[Array, "B T H R"], cos: Float32[Array, "B T R"], sin: Float32[Array, "B T R"]
-) -> Float[Array, "B T H R"]:
+    x: Float[Array, "B H T R"], cos: Float32[Array, "B T R"], sin: Float32[Array, "B T R"]
+) -> Float[Array, "B H T R"]:
     """Each pair (2i, 2i+1) of the last dim turned by its angle, in float32.
 
     The pairs are interleaved, as in the released weights. Neighbours are swapped with two rolls,
@@ -74,4 +74,4 @@ def rotate(
     wide = x.astype(jnp.float32)
     even = (jnp.arange(x.shape[-1]) % 2 == 0)[None, None, None]
     swapped = jnp.where(even, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
-    return (wide * cos[:, :, None] + swapped * sin[:, :, None]).astype(x.dtype)
+    return (wide * cos[:, None] + swapped * sin[:, None]).astype(x.dtype)

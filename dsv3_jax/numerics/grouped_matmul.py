@@ -5,7 +5,6 @@ where their group starts, so rows need no padding or alignment, and the work is 
 that exist (plus, on average, half a block an expert), not of the buffer that holds them.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jax import lax
 
 from dsv3_jax.shapes import Array, Float, Int
 
-BLOCK = 128
+BLOCK = 256
 
 
 class _Blocks(NamedTuple):
@@ -45,39 +44,6 @@ def _block_rows(x: Float[Array, "r D"], blocks: _Blocks, i, block: int):
     return lax.dynamic_slice_in_dim(x, start, block), start, mine[:, None]
 
 
-@functools.partial(jax.jit, static_argnames="transpose")
-def _matmul(rows, weights, sizes, transpose: bool):
-    block = min(BLOCK, rows.shape[0])
-    blocks = _blocks(sizes, rows.shape[0], block)
-    width = weights.shape[1 if transpose else 2]
-
-    def body(i, out):
-        x, start, mine = _block_rows(rows, blocks, i, block)
-        w = lax.dynamic_index_in_dim(weights, blocks.expert[i], keepdims=False)
-        y = jnp.einsum("rF,DF->rD" if transpose else "rD,DF->rF", x, w)
-        old = lax.dynamic_slice_in_dim(out, start, block)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
-
-    return lax.fori_loop(0, blocks.count, body, jnp.zeros((rows.shape[0], width), rows.dtype))
-
-
-@jax.jit
-def _weight_gradient(rows, grad, weights, sizes):
-    block = min(BLOCK, rows.shape[0])
-    blocks = _blocks(sizes, rows.shape[0], block)
-
-    def body(i, out):
-        x, _, mine = _block_rows(rows, blocks, i, block)
-        g, _, _ = _block_rows(grad, blocks, i, block)
-        d = jnp.einsum("rD,rF->DF", jnp.where(mine, x, 0), g, preferred_element_type=out.dtype)
-        e = blocks.expert[i]
-        total = lax.dynamic_index_in_dim(out, e, keepdims=False) + d
-        return lax.dynamic_update_index_in_dim(out, total, e, 0)
-
-    total = lax.fori_loop(0, blocks.count, body, jnp.zeros(weights.shape, jnp.float32))
-    return total.astype(weights.dtype)
-
-
 @jax.custom_vjp
 def grouped_matmul(
     rows: Float[Array, "r D"], weights: Float[Array, "e D F"], sizes: Int[Array, " e"]
@@ -89,7 +55,22 @@ def grouped_matmul(
         weights: one matrix a group.
         sizes: rows of each group; their sum is at most r.
     """
-    return _matmul(rows, weights, sizes, transpose=False)
+    block = min(BLOCK, rows.shape[0])
+    blocks = _blocks(sizes, rows.shape[0], block)
+
+    def body(i, out):
+        x, start, mine = _block_rows(rows, blocks, i, block)
+        w = lax.dynamic_index_in_dim(weights, blocks.expert[i], keepdims=False)
+        return _write(out, jnp.einsum("rD,DF->rF", x, w), start, mine)
+
+    out = jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
+    return lax.fori_loop(0, blocks.count, body, out)
+
+
+def _write(out, y, start, mine):
+    """Put the rows of `y` that belong to the block where they came from."""
+    old = lax.dynamic_slice_in_dim(out, start, y.shape[0])
+    return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
 
 
 def _forward(rows, weights, sizes):
@@ -97,9 +78,25 @@ def _forward(rows, weights, sizes):
 
 
 def _backward(saved, grad):
+    """Gradients of rows (dgrad) and, summed in float32, of weights (wgrad), in one walk."""
     rows, weights, sizes = saved
-    d_rows = _matmul(grad, weights, sizes, transpose=True)
-    return d_rows, _weight_gradient(rows, grad, weights, sizes), None
+    block = min(BLOCK, rows.shape[0])
+    blocks = _blocks(sizes, rows.shape[0], block)
+
+    def body(i, carry):
+        d_rows, d_weights = carry
+        x, start, mine = _block_rows(rows, blocks, i, block)
+        g, _, _ = _block_rows(grad, blocks, i, block)
+        e = blocks.expert[i]
+        w = lax.dynamic_index_in_dim(weights, e, keepdims=False)
+        d_rows = _write(d_rows, jnp.einsum("rF,DF->rD", g, w), start, mine)
+        d_w = jnp.einsum("rD,rF->DF", jnp.where(mine, x, 0), g, preferred_element_type=jnp.float32)
+        total = lax.dynamic_index_in_dim(d_weights, e, keepdims=False) + d_w
+        return d_rows, lax.dynamic_update_index_in_dim(d_weights, total, e, 0)
+
+    start = jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.float32)
+    d_rows, d_weights = lax.fori_loop(0, blocks.count, body, start)
+    return d_rows, d_weights.astype(weights.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

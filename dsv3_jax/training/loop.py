@@ -94,7 +94,7 @@ class Run:
         self._announce()
         log = metrics.MetricsLog(self.workdir, self.first)
         progress = metrics.Progress(self.config.train.steps, self.first, self.peak_label)
-        with _signals(self), progress:
+        with _signals(self), progress, jax.transfer_guard("disallow"):
             self._steps(log, progress)
         log.close()
         self._save(self.first)

@@ -19,7 +19,7 @@ from sharding.rules import Layout
 class TrainState(NamedTuple):
     """Everything that a checkpoint holds, apart from the position in the data."""
 
-    step: jax.Array  # [] updates made
+    step: jax.Array | jax.ShapeDtypeStruct  # [] updates made
     params: nnx.State  # master weights
     bias: nnx.State  # balance bias of every MoE layer
     optimizer: optax.OptState
