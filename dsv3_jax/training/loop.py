@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
+import rich.text
 from jax.sharding import NamedSharding
 
 from dsv3_jax import data
@@ -206,7 +208,8 @@ class Run:
         evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
         floor = self.corpus.unigram_entropy
         prompt, text = self._sample()
-        print(f"\nsample: {prompt}\033[1m{text}\033[0m\n")
+        sample = rich.text.Text.assemble("\nsample: ", prompt, (text, "bold"), "\n")
+        rich.console.Console(highlight=False, soft_wrap=True).print(sample)
         print(
             f"done: held-out loss {evals[-1]:.4f}, {floor - evals[-1]:.4f} nats below the unigram "
             f"entropy {floor:.4f}; plots in {self.workdir / 'plots'}"
