@@ -85,7 +85,7 @@ def test_override_leaves_the_rest():
         ("optimiser.peak_lr=1", "did you mean 'optimizer'"),
         ("train.batches=1", "did you mean"),
         ("model.zzz=1", "known: attention, dense_hidden"),
-        ("train.steps.x=1", "'steps' is 200 and has no fields"),
+        ("train.steps.x=1", "'steps' is 150 and has no fields"),
         ("model.attention.yarn.factor=4", "'yarn' is None and has no fields"),
         ("=1", "unknown config key"),
     ],

@@ -121,7 +121,7 @@ class Run:
             if pending is not None:
                 clock = self._report(log, progress, *pending, clock)
             pending = (self.first, numbers)
-            last = self.first == config.train.steps or self.stopped_by is not None
+            last = self.first == config.train.steps
             evaluates = last or self.first % config.train.eval_every == 0
             if evaluates or self.first % config.checkpoint.every == 0:
                 clock = self._report(log, progress, *pending, clock)
