@@ -58,7 +58,7 @@ def plan_rounds(ids: jax.Array, route: Route) -> Plan:
     """The plan for expert ids [t K], each in [0, n_experts) and distinct within a row."""
     flat = ids.reshape(-1)  # [t*K]
     order = jnp.argsort(flat, stable=True)
-    position = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    position = _inverse(order)
     rank = flat // route.n_local
     count = jnp.zeros(route.mesh.ep, jnp.int32).at[rank].add(1)
     start = jnp.cumsum(count) - count
@@ -127,13 +127,18 @@ def exchange(fn: Callable, params, rows, weights: jax.Array, ids: jax.Array, rou
     return y, plan
 
 
+def _inverse(order: jax.Array) -> jax.Array:
+    """The permutation that undoes `order`."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+
+
 def _grouped(received, experts: jax.Array, route: Route) -> tuple:
     """What was received in the order of local experts, their sizes, and the way back."""
     sizes = jnp.zeros(route.n_local, jnp.int32).at[experts].add(1, mode="drop")
     if route.mesh.ep == 1:  # what one rank sent is in that order
         return received, sizes, lambda out: out
     order = jnp.argsort(experts, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    inverse = _inverse(order)
     grouped = jax.tree.map(lambda x: _spread(x, order, inverse[:, None]), received)
     return grouped, sizes, lambda out: _spread(out, inverse, order[:, None])
 
