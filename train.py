@@ -4,6 +4,7 @@
     python train.py --config=dsv3_16b --mesh=dp*,ep16   a preset on the accelerators that are there
     python train.py --set data.source=~/books/*.txt     your text: a file, folder, glob or .jsonl
     python train.py --set optimizer.peak_lr=1e-3        any field of the config
+    python train.py --set init_from=~/DeepSeek-V3       begin with the weights in that folder
 
 The same command again goes on from the newest checkpoint in --workdir. Ctrl-C saves first.
 """
@@ -17,7 +18,7 @@ import jax
 from configs import load_preset, preset_names
 from dsv3_jax.config import Config, override
 from dsv3_jax.training.host import with_huge_pages
-from sharding.mesh import GRAMMAR, MeshSpec, check_devices, parse_mesh
+from sharding.mesh import GRAMMAR, start_devices
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,21 +58,6 @@ def make_config(arguments: argparse.Namespace) -> Config:
     for assignment in arguments.set + steps:
         config = override(config, assignment)
     return config
-
-
-def start_devices(text: str) -> MeshSpec:
-    """The mesh that `text` names, with virtual CPU devices for it where there is no accelerator."""
-    wanted = None if "*" in text else parse_mesh(text)
-    if wanted is not None:
-        jax.config.update("jax_num_cpu_devices", wanted.n_devices)  # before the first use of jax
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # queued collectives can deadlock
-    if on_cpu and len(jax.devices()) > 1:
-        print(f"no accelerator here: running on {len(jax.devices())} virtual CPU devices")
-    mesh = wanted or parse_mesh(text, len(jax.devices()))
-    check_devices(mesh, len(jax.devices()), jax.default_backend())
-    return mesh
 
 
 def main():

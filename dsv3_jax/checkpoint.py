@@ -26,9 +26,9 @@ class DamagedCheckpoint(ValueError):
 
 
 class Checkpoints:
-    """The saved steps in one folder, of which the newest `keep` stay."""
+    """The saved steps in one folder, of which the newest `keep` stay (all if None)."""
 
-    def __init__(self, directory: str | Path, keep: int):
+    def __init__(self, directory: str | Path, keep: int | None):
         self.directory = Path(directory).absolute()
         self._pending: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -67,7 +67,7 @@ class Checkpoints:
         }
         manifest["checksum"] = _checksum(manifest)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(stored), manifest=ocp.args.JsonSave(manifest)
+            state=ocp.args.PyTreeSave(stored), manifest=ocp.args.JsonSave(manifest)
         )
         self._pending = step
         with self._naming_the_failed_save():
@@ -83,22 +83,40 @@ class Checkpoints:
             DamagedCheckpoint: its files are missing, unreadable or changed.
             ValueError: it holds other arrays than `abstract_state`.
         """
-        known = self.steps()
-        step = max(known, default=None) if step is None else step
-        if step not in known:
-            raise FileNotFoundError(f"no step {step} in {self.directory}; steps there: {known}")
-        manifest = self._read_manifest(step)
+        step, manifest = self._open(step)
         wanted = _named_leaves(abstract_state)
         self._check_shapes(step, manifest["shapes"], wanted)
-        arrays = self._read(step, "state", ocp.args.StandardRestore(_without_empty(wanted)))
-        found, expected = fingerprints(arrays), manifest["fingerprints"]
-        if damaged := [path for path in expected if found[path] != expected[path]]:
-            raise self._damaged(step, f"bits changed since it was saved, in {', '.join(damaged)}")
-        for path in wanted.keys() - arrays.keys():
-            empty = np.zeros(wanted[path].shape, wanted[path].dtype)
-            arrays[path] = jax.device_put(empty, wanted[path].sharding)
+        arrays = self._read_arrays(step, manifest, wanted)
         leaves = [arrays[path] for path in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), manifest["extra"]
+
+    def restore_some(self, wanted: dict, step: int | None = None) -> dict[str, Array]:
+        """Some arrays of a step by path, in the types they were saved in; as `restore` otherwise.
+
+        Args:
+            wanted: path, such as "params.norm.scale.value", to `jax.ShapeDtypeStruct` with a
+                sharding, whose dtype does not count.
+        """
+        step, manifest = self._open(step)
+        saved = manifest["shapes"]
+        wanted = {
+            path: jax.ShapeDtypeStruct(
+                array.shape, saved[path].partition("[")[0], sharding=array.sharding
+            )
+            if path in saved
+            else array
+            for path, array in wanted.items()
+        }
+        self._check_shapes(step, {path: saved[path] for path in wanted if path in saved}, wanted)
+        return self._read_arrays(step, manifest, wanted)
+
+    def shapes(self, step: int | None = None) -> dict[str, str]:
+        """What a step (default: the latest) holds: path to type, such as "float32[61,7168]"."""
+        return self._open(step)[1]["shapes"]
+
+    def extra(self, step: int | None = None) -> dict:
+        """What was saved beside the arrays of a step."""
+        return self._open(step)[1]["extra"]
 
     def wait(self):
         """Return when the save under way has finished; OSError if it failed (a full disk)."""
@@ -125,6 +143,29 @@ class Checkpoints:
                 f"Intact: steps {self._finished_steps()}. Check free space and permissions there; "
                 "the same command then resumes from the newest of them."
             ) from error
+
+    def _open(self, step: int | None) -> tuple[int, dict]:
+        """The step asked for, or the latest, and its manifest."""
+        known = self.steps()
+        step = max(known, default=None) if step is None else step
+        if step not in known:
+            raise FileNotFoundError(f"no step {step} in {self.directory}; steps there: {known}")
+        return step, self._read_manifest(step)
+
+    def _read_arrays(self, step: int, manifest: dict, wanted: dict) -> dict[str, Array]:
+        """The arrays `wanted` of the step, each checked against its fingerprint."""
+        there = _without_empty(wanted)
+        how = ocp.checkpoint_utils.construct_restore_args(there)
+        arrays = self._read(
+            step, "state", ocp.args.PyTreeRestore(there, restore_args=how, partial_restore=True)
+        )
+        found, expected = fingerprints(arrays), manifest["fingerprints"]
+        if damaged := [path for path in found if found[path] != expected[path]]:
+            raise self._damaged(step, f"bits changed since it was saved, in {', '.join(damaged)}")
+        for path in wanted.keys() - arrays.keys():
+            empty = np.zeros(wanted[path].shape, wanted[path].dtype)
+            arrays[path] = jax.device_put(empty, wanted[path].sharding)
+        return arrays
 
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> dict:
         try:

@@ -256,6 +256,7 @@ class Config:
     name: str
     model: ModelConfig
     train: TrainConfig
+    init_from: str | None = None  # a folder whose weights a fresh run starts with
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     losses: LossConfig = LossConfig()
@@ -276,8 +277,13 @@ def check_mesh(config: Config, mesh: MeshSpec):
             f"mesh {mesh}: pp={mesh.pp} comes with the pipeline, which is not built yet; use "
             f"--mesh={dataclasses.replace(mesh, pp=1, dp=mesh.dp * mesh.pp)} on as many devices"
         )
-    model, batch = config.model, config.train.batch
+    batch = config.train.batch
     _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
+    check_model_mesh(config.model, mesh)
+
+
+def check_model_mesh(model: ModelConfig, mesh: MeshSpec):
+    """Raise a ValueError unless the parameters of `model` can be divided over `mesh`."""
     sizes = {"model.vocab_size": model.vocab_size, "model.width": model.width}
     if model.moe:
         sizes = {"model.moe.n_experts": model.moe.n_experts} | sizes
@@ -372,3 +378,21 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
             _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat
+
+
+def from_dict(kind: type, values: dict):
+    """A config, or a part of one, from a `to_dict` of it.
+
+    Raises:
+        KeyError: an unknown name; the message gives the nearest one.
+    """
+    hints = typing.get_type_hints(kind)
+    for name in values.keys() - hints.keys():
+        raise KeyError(f"{kind.__name__} has no field {name!r}: {nearest(name, hints)}")
+
+    def value_of(name: str, value):
+        options = (hints[name], *typing.get_args(hints[name]))
+        inner = next(filter(dataclasses.is_dataclass, options), None)
+        return from_dict(inner, value) if inner and isinstance(value, dict) else value
+
+    return kind(**{name: value_of(name, value) for name, value in values.items()})

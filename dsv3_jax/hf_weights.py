@@ -1,22 +1,20 @@
-"""Official tensor names and config fields: the only file that knows them.
+"""Official tensor names: the only file that knows them.
 
 Official matrices are [out, in], ours [in, out]; gate and up are two tensors there and one matrix
 here; an expert is a tensor there and an index here, as is a layer.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+import functools
+from collections.abc import Mapping
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 
-from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from dsv3_jax.model import DeepSeekV3, abstract_model
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import abstract_model
 from dsv3_jax.numerics.policy import Policy
 
+BIAS = "e_score_correction_bias"  # the one tensor that is float32 in every format
 TOP = {
     "embedding": "model.embed_tokens.weight",
     "norm.scale": "model.norm.weight",
@@ -34,7 +32,7 @@ LAYER = {
     "attention.kv_up.kernel": ("self_attn.kv_b_proj.weight",),
     "attention.out.kernel": ("self_attn.o_proj.weight",),
     "ffn.router": ("mlp.gate.weight",),
-    "ffn.bias": ("mlp.gate.e_score_correction_bias",),
+    "ffn.bias": (f"mlp.gate.{BIAS}",),
     "ffn.shared.gate_up.kernel": (
         "mlp.shared_experts.gate_proj.weight",
         "mlp.shared_experts.up_proj.weight",
@@ -49,79 +47,10 @@ LAYER = {
     "join.kernel": ("eh_proj.weight",),
     "norm.scale": ("shared_head.norm.weight",),
 }
+WIDE = ("join.kernel",)
+SCALE = "_scale_inv"  # after the name of an FP8 tensor: the name of its scales
+MTP_COPIES = {"embed_tokens.weight": "embedding", "shared_head.head.weight": "head"}
 WITHOUT_Q_RANK = {"attention.q_up.kernel": ("self_attn.q_proj.weight",)}
-
-
-def read_config(directory: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a checkpoint folder's config.json."""
-    hf = json.loads((Path(directory) / "config.json").read_text())
-    moe = None
-    if hf["num_hidden_layers"] > hf["first_k_dense_replace"]:
-        moe = MoEConfig(
-            n_experts=hf["n_routed_experts"],
-            n_shared=hf["n_shared_experts"],
-            hidden=hf["moe_intermediate_size"],
-            top_k=hf["num_experts_per_tok"],
-            n_groups=hf["n_group"],
-            n_groups_kept=hf["topk_group"],
-            scale=hf["routed_scaling_factor"],
-            normalize=hf["norm_topk_prob"],
-        )
-    return ModelConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_dense=hf["first_k_dense_replace"],
-        dense_hidden=hf["intermediate_size"],
-        attention=_read_attention(hf),
-        moe=moe,
-        mtp_depth=hf.get("num_nextn_predict_layers", 0),
-        norm_eps=hf["rms_norm_eps"],
-        init_std=hf["initializer_range"],
-    )
-
-
-def _read_attention(hf: dict) -> AttentionConfig:
-    yarn = None
-    if scaling := hf.get("rope_scaling"):
-        yarn = YarnConfig(
-            factor=scaling["factor"],
-            original_length=scaling["original_max_position_embeddings"],
-            beta_fast=scaling["beta_fast"],
-            beta_slow=scaling["beta_slow"],
-            mscale=scaling["mscale"],
-            mscale_all_dim=scaling["mscale_all_dim"],
-        )
-    return AttentionConfig(
-        n_heads=hf["num_attention_heads"],
-        q_rank=hf["q_lora_rank"],
-        kv_rank=hf["kv_lora_rank"],
-        nope_dim=hf["qk_nope_head_dim"],
-        rope_dim=hf["qk_rope_head_dim"],
-        value_dim=hf["v_head_dim"],
-        rope_base=hf["rope_theta"],
-        yarn=yarn,
-    )
-
-
-class Tensors(Mapping):
-    """The tensors of a checkpoint folder by official name, each read when it is asked for."""
-
-    def __init__(self, directory: str | Path):
-        files = sorted(Path(directory).glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{directory}: no .safetensors file in this folder")
-        self._opened = [safe_open(file, framework="numpy") for file in files]
-        self._where = {name: file for file in self._opened for name in file.keys()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._where[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
 
 def official_names(path: str, config: ModelConfig) -> np.ndarray:
@@ -149,30 +78,69 @@ def official_names(path: str, config: ModelConfig) -> np.ndarray:
     return np.array(named, dtype=object)
 
 
-def from_official(
-    tensors: Mapping[str, np.ndarray], paths: Iterable[str], config: ModelConfig
-) -> dict[str, np.ndarray]:
-    """Our parameters, by dotted path, from official tensors."""
-    out = {}
-    for path in paths:
+@functools.cache
+def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter and balance bias of the model, by dotted path."""
+    state = nnx.state(abstract_model(config, Policy()))
+    return {path: leaf.shape for path, leaf in flatten(state).items()}
+
+
+def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a checkpoint of the config holds, by name."""
+    shapes = {}
+    for path, whole in our_shapes(config).items():
         names = official_names(path, config)
-        turn = path not in TOP
-        rows = [
-            np.concatenate([tensors[n].T if turn else tensors[n] for n in row], axis=-1)
-            for row in names.reshape(-1, names.shape[-1])
-        ]
-        out[path] = np.stack(rows).reshape(*names.shape[:-1], *rows[0].shape)
-    return out
+        shape = (*whole[names.ndim - 1 : -1], whole[-1] // names.shape[-1])
+        shapes |= dict.fromkeys(names.reshape(-1), shape[::-1] if is_turned(path) else shape)
+    return shapes
 
 
-def to_official(values: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Official tensors from values in the shape of our parameters: undoes `from_official`."""
+def is_turned(path: str) -> bool:
+    """Whether the official matrix is the transpose of ours: all but embedding and head."""
+    return path not in TOP
+
+
+def is_fp8(path: str) -> bool:
+    """Whether the released files hold the parameter in FP8: the matrices of all layers.
+
+    Embedding, head, norms, router and the joint of MTP stay wide (report sec. 3.3.1).
+    """
+    inner = path.partition(".")[2].removeprefix("block.")
+    return inner not in WIDE and inner.rpartition(".")[2] in ("kernel", "gate_up", "down")
+
+
+def fp8_names(config: ModelConfig) -> set[str]:
+    """The tensors that the released files hold in FP8."""
+    named = (official_names(path, config) for path in our_shapes(config) if is_fp8(path))
+    return {name for names in named for name in names.reshape(-1)}
+
+
+def copies_in_mtp(config: ModelConfig) -> dict[str, str]:
+    """Tensors that a file may hold once more for every MTP layer -> those they repeat."""
+    layers = range(config.n_layers, config.n_layers + config.mtp_depth)
+    return {
+        f"model.layers.{layer}.{copy}": TOP[path]
+        for layer in layers
+        for copy, path in MTP_COPIES.items()
+    }
+
+
+def to_official(
+    values: Mapping[str, np.ndarray], config: ModelConfig, first: int = 0
+) -> dict[str, np.ndarray]:
+    """Official tensors from values in the shape of our parameters.
+
+    Args:
+        first: the layer that stacks begin with, if they are a part of the model's.
+    """
     out = {}
     for path, value in values.items():
         names = official_names(path, config)
+        if is_turned(path):
+            names = names[first : first + len(value)]
         for index in np.ndindex(names.shape[:-1]):
             parts = np.split(np.asarray(value)[index], names.shape[-1], axis=-1)
-            turned = [part if path in TOP else part.T for part in parts]
+            turned = [part.T if is_turned(path) else part for part in parts]
             out |= dict(zip(names[index], turned, strict=True))
     return out
 
@@ -180,22 +148,3 @@ def to_official(values: Mapping[str, np.ndarray], config: ModelConfig) -> dict[s
 def flatten(state: nnx.State) -> dict:
     """The arrays of a model state by dotted path."""
     return {".".join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-
-
-def load_model(directory: str | Path, dtype: str = "float32") -> DeepSeekV3:
-    """The model of a checkpoint folder, on one device, with weights and compute in `dtype`."""
-    config = read_config(directory)
-    policy = Policy(compute=np.dtype(dtype), master=np.dtype(dtype))
-    graphdef, state = nnx.split(abstract_model(config, policy))
-    values = from_official(Tensors(directory), flatten(state), config)
-
-    def fill(path, variable):
-        value = values[".".join(path)]
-        if value.shape != variable.shape:
-            raise ValueError(
-                f"{directory}: {path} has shape {value.shape}, expected {variable.shape}"
-            )
-        wide = not isinstance(variable, nnx.Param) or variable.wide
-        return variable.replace(jnp.asarray(value, jnp.float32 if wide else dtype))
-
-    return nnx.merge(graphdef, nnx.map_state(fill, state))

@@ -41,10 +41,18 @@ class DeepSeekV3(nnx.Module):
         return stack(lambda rngs: layer(self.config, rngs=rngs), n, rngs) if n else None
 
     def __call__(
-        self, tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE
+        self,
+        tokens: Int[Array, "B T"],
+        layout: Layout = ONE_DEVICE,
+        start: Int[Array, "B T"] | None = None,
     ) -> Float32[Array, "B T V"]:
-        """Logits of the next token at every position."""
-        hidden, _ = self.trunk(tokens, layout)
+        """Logits of the next token at every position.
+
+        Args:
+            start: the first place of its row that each token sees, at most its own (left padding,
+                packed documents); None if that is 0.
+        """
+        hidden, _ = self.trunk(tokens, layout, start=start)
         return self.logits(hidden, layout)
 
     def mtp_logits(
@@ -62,13 +70,17 @@ class DeepSeekV3(nnx.Module):
         return rearrange(rows, "(b t) d -> b t d", b=tokens.shape[0])
 
     def trunk(
-        self, tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE, remat: str = "none"
+        self,
+        tokens: Int[Array, "B T"],
+        layout: Layout = ONE_DEVICE,
+        remat: str = "none",
+        start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Hidden states after the final norm, and the MoE layers' statistics, stacked."""
         x, positions, stats = self.embed(tokens, layout), positions_of(tokens), None
 
         def step(block, x, _):
-            return block(x, positions, layout)
+            return block(x, positions, layout, start)
 
         for blocks in (self.dense, self.moe):
             if blocks is not None:

@@ -11,8 +11,8 @@ Modules import the array types from here, so that the legend stands in one place
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt32
+from jaxtyping import Bool, Float, Float32, Int, UInt16, UInt32
 
 Array = jax.Array | np.ndarray  # callers may hand in either
 
-__all__ = ["Array", "Bool", "Float", "Float32", "Int", "UInt32"]
+__all__ = ["Array", "Bool", "Float", "Float32", "Int", "UInt16", "UInt32"]

@@ -8,10 +8,11 @@ axes of `AXES`, most of them of size 1, so that programs never ask which ones ex
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("pp", "dp", "node", "rank")
 DATA_AXES = ("dp", "node", "rank")  # the batch is split over these
@@ -114,12 +115,35 @@ def check_devices(spec: MeshSpec, n_devices: int, platform: str):
     )
 
 
+def start_devices(text: str) -> MeshSpec:
+    """The mesh that `text` names, with virtual CPU devices for it where there is no accelerator."""
+    wanted = None if "*" in text else parse_mesh(text)
+    if wanted is not None:  # before the first use of jax, which makes the devices
+        jax.config.update("jax_num_cpu_devices", wanted.n_devices)
+        if wanted.n_devices > 1:  # of the CPU only: queued collectives can deadlock there
+            jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if jax.default_backend() == "cpu" and len(jax.devices()) > 1:
+        n_devices = len(jax.devices())
+        print(f"no accelerator here: running on {n_devices} virtual CPU devices", file=sys.stderr)
+    mesh = wanted or parse_mesh(text, len(jax.devices()))
+    check_devices(mesh, len(jax.devices()), jax.default_backend())
+    return mesh
+
+
 def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     """The device mesh of `spec`, over all devices of the default backend unless given."""
     devices = jax.devices() if devices is None else devices
     check_devices(spec, len(devices), devices[0].platform)
     shape = tuple(spec.sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec_of(mesh: Mesh | AbstractMesh) -> MeshSpec:
+    """The sizes of a mesh that `make_mesh` made."""
+    if mesh.axis_names != AXES:
+        raise ValueError(f"the mesh has axes {mesh.axis_names}, expected {AXES}; use make_mesh")
+    pp, dp, nodes, ranks = mesh.axis_sizes
+    return MeshSpec(pp=pp, dp=dp, nodes=nodes, ranks=ranks)
 
 
 def region(fn: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs) -> Callable:
@@ -129,6 +153,11 @@ def region(fn: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs) -> Call
     devices' results, `psum` transposes to `psum`, and what is replicated is for the caller to sum.
     """
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def placement(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> NamedSharding:
+    """Where an array of that spec lies on the mesh."""
+    return NamedSharding(mesh, spec)
 
 
 BATCH = PartitionSpec(DATA_AXES)

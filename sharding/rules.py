@@ -4,7 +4,8 @@ A parameter dimension whose name is in `KEPT` stays split while a layer uses it:
 vocabulary of the output head and the width of the embedding table lie over the expert axes. All
 other splits are ZeRO's: master weights, gradients and Adam moments of every matrix are shared out
 over all data axes, and the weight is gathered for use. ZeRO-1 gathers once a step, ZeRO-3 once a
-layer; the gradient comes back by reduce-scatter in both.
+layer; the gradient comes back by reduce-scatter in both. Without ZeRO (level 0, for inference)
+everything that is not kept split is stored whole.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class Layout:
             sizes: global sizes of the same.
             stack: leading dimensions, such as layers, that come on top.
         """
-        return PartitionSpec(*(None,) * stack, *_split(self.mesh, names, sizes))
+        return PartitionSpec(*(None,) * stack, *_split(self.mesh, self.zero, names, sizes))
 
     def gather(self, x: jax.Array, names: tuple, sizes: tuple, dtype: jnp.dtype) -> jax.Array:
         """A stored shard -> the array that a layer uses, in `dtype`; leading stack dims are free.
@@ -51,7 +52,7 @@ class Layout:
         is left as it is.
         """
         stack = x.ndim - len(names)
-        split = _split(self.mesh, names, sizes)
+        split = _split(self.mesh, self.zero, names, sizes)
         moves = tuple(
             (stack + dim, split[dim])
             for dim, name in enumerate(names)
@@ -69,15 +70,17 @@ class Layout:
 
     def missing(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[str, ...]:
         """Mesh axes over which the parameter is stored whole."""
-        taken = {axis for axes in _split(self.mesh, names, sizes) for axis in axes or ()}
+        taken = {axis for axes in _split(self.mesh, self.zero, names, sizes) for axis in axes or ()}
         return tuple(axis for axis in DATA_AXES if axis not in taken and self.mesh.size(axis) > 1)
 
 
 @functools.cache
-def _split(mesh: MeshSpec, names: tuple, sizes: tuple) -> tuple[tuple[str, ...] | None, ...]:
+def _split(
+    mesh: MeshSpec, zero: int, names: tuple, sizes: tuple
+) -> tuple[tuple[str, ...] | None, ...]:
     """Mesh axes of each dimension: kept dims first, then ZeRO on the first dims that divide."""
     split: list = [EXPERT_AXES if name in KEPT else None for name in names]
-    if len(sizes) == 1:  # vectors are too small to be worth a gather
+    if zero == 0 or len(sizes) == 1:  # vectors are too small to be worth a gather
         return tuple(split)
     groups = [("dp",)] if any(split) else [DATA_AXES, ("dp",), EXPERT_AXES]
     for group in groups:

@@ -7,39 +7,31 @@ those of the goldens' manifest: logits and hidden states 2e-4 + 1e-4 relative (3
 
 import functools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from reference.goldens import (
+    CASES,
+    GOLDENS,
+    assert_close,
+    check_choice,
+    golden,
+    layer_by_layer,
+    model_of,
+)
 
 from dsv3_jax.config import LossConfig, MoEConfig
-from dsv3_jax.hf_weights import flatten, load_model, read_config, to_official
+from dsv3_jax.hf_config import read_config
+from dsv3_jax.hf_weights import flatten, to_official
 from dsv3_jax.layers.rope import frequencies, softmax_scale
 from dsv3_jax.layers.router import choose_experts
 from dsv3_jax.losses import Batch, training_loss
-from dsv3_jax.model import positions_of
 from sharding.rules import Layout
 
-GOLDENS = Path(__file__).parent / "goldens"
-CASES = sorted(path.name for path in GOLDENS.glob("A*"))
 ROUTERS = ["v3_like", "small", "neg_bias", "nonorm_1group", "wide_logits"]
-
-
-@functools.cache
-def golden(case: str) -> dict[str, np.ndarray]:
-    return dict(np.load(GOLDENS / case / "golden.npz"))
-
-
-@functools.cache
-def model_of(case: str):
-    return load_model(GOLDENS / case)
-
-
-def assert_close(got, want, atol=2e-4, rtol=1e-4):
-    np.testing.assert_allclose(np.asarray(got), want, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,43 +42,14 @@ def test_logits(case):
     assert_close(logits(model, want["short.input_ids"]), want["short.logits"])
 
 
-@nnx.jit
-def layer_by_layer(model, tokens):
-    """Everything that happens inside, without the scan over layers."""
-    x = model.embed(tokens, Layout())
-    out = {"hidden.embed": x}
-    for i in range(model.config.n_layers):
-        dense = i < model.config.n_dense
-        stacked, index = (model.dense, i) if dense else (model.moe, i - model.config.n_dense)
-        block = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        residual = block.attend(x, positions_of(tokens))
-        if not dense:
-            scores = block.ffn.affinities(block.ffn_norm(residual))
-            flat = scores.reshape(-1, scores.shape[-1])
-            out[f"router.{i}"] = choose_experts(flat, block.ffn.bias[...], block.ffn.config)
-        new, _ = block(x, positions_of(tokens), Layout())
-        out |= {f"attn_out.layer{i}": residual - x, f"mlp_out.layer{i}": new - residual}
-        out[f"hidden.layer{i}"] = x = new
-    return out | {"hidden.final_norm": model.norm(x)}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_layer_and_router(case):
     want, model = golden(case), model_of(case)
-    for name, got in layer_by_layer(model, want["input_ids"]).items():
+    for name, got in nnx.jit(layer_by_layer)(model, want["input_ids"]).items():
         if name.startswith("router."):
             check_choice(got, want, f"moe.layer{name[7:]}", "ids", atol=1e-5)
         elif name in want:  # the larger cases leave the branch outputs out
             assert_close(got, want[name])
-
-
-def check_choice(got, want, case, ids_name, atol):
-    """Ids, which the goldens keep in order of expert, are exact, and the weights go with them."""
-    weights, ids = map(np.asarray, got)
-    order = np.argsort(ids, axis=-1)
-    np.testing.assert_array_equal(np.take_along_axis(ids, order, -1), want[f"{case}.{ids_name}"])
-    got_weights = np.take_along_axis(weights, order, -1)
-    assert_close(got_weights, want[f"{case}.weights"], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(

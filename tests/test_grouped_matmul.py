@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.numerics.grouped_matmul import grouped_matmul
+from dsv3_jax.numerics.grouped_matmul import _block_size, grouped_matmul
 
 WIDTH, HIDDEN = 6, 5
 CASES = {
@@ -23,6 +23,26 @@ CASES = {
     "few rows": (20, [9, 0, 4, 7]),
     "few rows, some left over": (20, [3, 0, 9, 4]),
     "one row": (1, [0, 0, 1, 0]),
+    "whole blocks of 8": (32, [8, 16, 0, 8]),
+    "parts of blocks of 8": (32, [9, 0, 17, 3]),
+    "parts of blocks of 64": (200, [63, 1, 65, 64]),
+    "fewer rows than 8": (5, [2, 0, 3, 0]),
+    "7 rows, some left over": (7, [0, 4, 0, 1]),
+    "more groups than rows": (11, [0, 1, 0, 0, 3, 0, 0, 1, 0, 0, 2, 0, 0, 0, 4, 0]),
+    "more than all groups balanced": (1300, [2, 1290, 3, 1]),
+}
+BLOCKS = {
+    "balanced": 256,
+    "rows left over": 256,
+    "more than all groups balanced": 256,
+    "parts of blocks of 64": 64,
+    "whole blocks of 8": 8,
+    "parts of blocks of 8": 8,
+    "few rows": 8,
+    "more groups than rows": 8,
+    "7 rows, some left over": 7,
+    "fewer rows than 8": 5,
+    "one row": 1,
 }
 
 
@@ -69,7 +89,19 @@ def test_matches_a_loop(case):
     assert (np.asarray(got[1])[sum(sizes) :] == 0).all()
 
 
-@pytest.mark.parametrize("case", ["uneven", "rows left over", "few rows"])
+@pytest.mark.parametrize("case, block", BLOCKS.items())
+def test_blocks_are_of_a_balanced_group(case, block):
+    """As a power of two from 8 to 256, and never more than there are rows."""
+    n_rows, sizes = CASES[case]
+    assert _block_size(n_rows, len(sizes)) == block
+
+
+def test_block_sizes():
+    sizes = [_block_size(n_rows, 4) for n_rows in (3, 8, 32, 33, 36, 64, 68, 900, 1024, 1028, 9999)]
+    assert sizes == [3, 8, 8, 8, 16, 16, 32, 256, 256, 256, 256]
+
+
+@pytest.mark.parametrize("case", ["uneven", "rows left over", "few rows", "fewer rows than 8"])
 def test_bfloat16(case):
     n_rows, sizes = CASES[case]
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(n_rows, len(sizes))]

@@ -144,7 +144,7 @@ def test_attention_depends_on_relative_positions_only():
 def test_k_rope_is_one_head_for_all(monkeypatch):
     """Keys in place of values: the rotary part is the same in every head, and is rope(W_KR h)."""
     monkeypatch.setattr(
-        mla, "causal_attention", lambda q, k, v, scale: k[..., ATTENTION.nope_dim :][..., :5]
+        mla, "causal_attention", lambda q, k, v, scale, start: k[..., ATTENTION.nope_dim :][..., :5]
     )
     module, values = build(lambda: MLA(CONFIG, rngs=nnx.Rngs(0)))
     module.out.kernel.set_value(jnp.eye(15, 20))

@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from configs import load_preset, preset_names
+from dsv3_jax.layers.linear import specs
 from dsv3_jax.model import abstract_model, count_parameters
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.training.state import parts_of, specs
+from dsv3_jax.training.state import parts_of
 from sharding.mesh import BATCH, DATA_AXES, EXPERT_AXES, make_mesh, parse_mesh, region
 from sharding.rules import KEPT, Layout
 

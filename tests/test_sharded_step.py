@@ -5,7 +5,6 @@ routings differ from shard to shard. Gradients agree to 1e-4 of a tensor's large
 to 1e-5 relative: float32 sums in another order. Loads are counts and agree exactly.
 """
 
-import contextlib
 import functools
 
 import chex
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from reference.compilations import compilations
 from reference.step import moved_bias as reference_moved_bias
 
 from dsv3_jax.config import (
@@ -227,22 +227,6 @@ def steps(mesh_text: str, n: int):
         jax.tree.map(assert_placed_alike, state, abstract)
         out.append(jax.tree.map(np.asarray, metrics))
     return out, jax.tree.map(np.asarray, state)
-
-
-@contextlib.contextmanager
-def compilations():
-    """A list with one entry for each program that XLA compiles in the block."""
-    seen = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def assert_placed_alike(got, want):

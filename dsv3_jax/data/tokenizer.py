@@ -32,6 +32,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def save(self, path: Path):
+        """Write the tokenizer.json that `load_tokenizer` reads."""
+        self.backend.save(str(path))
+
     @functools.cached_property
     def vocab_size(self) -> int:
         """Rows that an embedding needs: the highest id plus one."""

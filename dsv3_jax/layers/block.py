@@ -13,16 +13,38 @@ from sharding.rules import Layout
 
 
 class Block(nnx.Module):
-    """What both kinds of block begin with."""
+    """What both kinds of block share; `feed` is their own."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = MLA(config, rngs=rngs)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
 
-    def attend(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        layout: Layout,
+        start: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """x after both layers; `start` as in `causal_attention`."""
+        return self.feed(self.attend(x, positions, start), layout)
+
+    def attend(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        start: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
         """x after attention: the residual that the feed-forward layer adds to."""
-        return checkpoint_name(x + self.attention(self.attention_norm(x), positions), "residual")
+        attended = self.attention(self.attention_norm(x), positions, start)
+        return checkpoint_name(x + attended, "residual")
+
+    def feed(
+        self, x: Float[Array, "B T D"], layout: Layout
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """x after the feed-forward layer, and what that saw."""
+        raise NotImplementedError
 
 
 class DenseBlock(Block):
@@ -32,10 +54,7 @@ class DenseBlock(Block):
         super().__init__(config, rngs=rngs)
         self.ffn = SwiGLU(config.width, config.dense_hidden, config.init_std, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], layout: Layout
-    ) -> tuple[Float[Array, "B T D"], None]:
-        x = self.attend(x, positions)
+    def feed(self, x: Float[Array, "B T D"], layout: Layout) -> tuple[Float[Array, "B T D"], None]:
         return x + self.ffn(self.ffn_norm(x)), None
 
 
@@ -46,9 +65,8 @@ class MoEBlock(Block):
         super().__init__(config, rngs=rngs)
         self.ffn = MoE(config, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], layout: Layout
+    def feed(
+        self, x: Float[Array, "B T D"], layout: Layout
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        x = self.attend(x, positions)
         y, stats = self.ffn(self.ffn_norm(x), layout)
         return x + y, stats

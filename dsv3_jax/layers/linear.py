@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv3_jax.shapes import Array, Float
+from sharding.mesh import REPLICATED
 from sharding.rules import Layout
 
 
@@ -36,6 +37,17 @@ def assemble(state: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
         return variable.replace(used)
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def specs(tree, layout: Layout):
+    """PartitionSpecs: of each parameter, and of the moments of it, where the layout stores it."""
+
+    def of(leaf):
+        if not (isinstance(leaf, nnx.Variable) and "names" in leaf.get_metadata()):
+            return REPLICATED
+        return layout.stored(leaf.names, leaf.sizes, stack=len(leaf.shape) - len(leaf.sizes))
+
+    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 class Linear(nnx.Module):

@@ -13,7 +13,7 @@ from jax import lax
 
 from dsv3_jax.shapes import Array, Float, Int
 
-BLOCK = 256
+BLOCK = 256  # most rows in a block
 
 
 class _Blocks(NamedTuple):
@@ -23,6 +23,12 @@ class _Blocks(NamedTuple):
     start: Array  # [blocks] first row
     stop: Array  # [blocks] row after the last of its group
     count: Array  # []
+
+
+def _block_size(n_rows: int, n_groups: int) -> int:
+    """Rows of a block: those of a balanced group as a power of two, from 8 to `BLOCK`."""
+    balanced = 1 << (max(n_rows // n_groups, 8) - 1).bit_length()
+    return min(balanced, BLOCK, n_rows)
 
 
 def _blocks(sizes: Int[Array, " e"], n_rows: int, block: int) -> _Blocks:
@@ -55,7 +61,7 @@ def grouped_matmul(
         weights: one matrix a group.
         sizes: rows of each group; their sum is at most r.
     """
-    block = min(BLOCK, rows.shape[0])
+    block = _block_size(rows.shape[0], sizes.size)
     blocks = _blocks(sizes, rows.shape[0], block)
 
     def body(i, out):
@@ -80,7 +86,7 @@ def _forward(rows, weights, sizes):
 def _backward(saved, grad):
     """Gradients of rows (dgrad) and, summed in float32, of weights (wgrad), in one walk."""
     rows, weights, sizes = saved
-    block = min(BLOCK, rows.shape[0])
+    block = _block_size(rows.shape[0], sizes.size)
     blocks = _blocks(sizes, rows.shape[0], block)
 
     def body(i, carry):

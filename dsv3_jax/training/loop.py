@@ -23,8 +23,15 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.training import metrics, plots
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.history import LoadHistory
-from dsv3_jax.training.state import TrainState, abstract_state, fresh_state, layout_of
+from dsv3_jax.training.state import (
+    TrainState,
+    abstract_state,
+    fresh_state,
+    layout_of,
+    state_from,
+)
 from dsv3_jax.training.step import Metrics, make_step
+from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import BATCH, MeshSpec, make_mesh
 
 # Fields that may differ from those a workdir was begun with: they don't change what is learned.
@@ -64,6 +71,7 @@ class Run:
         self.corpus = data.load(
             config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
         )
+        self.corpus.tokenizer.save(workdir / "tokenizer.json")
         process = (jax.process_index(), jax.process_count())
         self.loader = data.Loader(self.corpus.train, train.batch, train.seed, process)
         self.held_out = data.eval_batches(
@@ -86,7 +94,9 @@ class Run:
         abstract = abstract_state(self.config, optimizer, self.mesh, self.layout)
         self.first = self.checkpoints.latest_step() or 0
         if not self.first:
-            return fresh_state(self.config, optimizer, abstract)
+            if self.config.init_from is None:
+                return fresh_state(self.config, optimizer, abstract)
+            return state_from(open_weights(self.config.init_from), optimizer, abstract)
         state, extra = self.checkpoints.restore(abstract)
         self.loader.set_state(extra["loader"])
         return state
@@ -193,7 +203,9 @@ class Run:
     def _announce(self):
         model, corpus = self.config.model, self.corpus
         count = sum(x.size for x in jax.tree.leaves(self.state.params))
-        where = f"resuming at step {self.first}" if self.first else "starting"
+        init = self.config.init_from
+        start = f"starting with the weights of {init}" if init else "starting"
+        where = f"resuming at step {self.first}" if self.first else start
         print(
             f"{self.config.name}: {count:,} parameters on mesh {self.layout.mesh} "
             f"({self.mesh.size} {jax.default_backend()} devices), {where}\n"

@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
+from dsv3_jax.hf_weights import flatten
+from dsv3_jax.layers.linear import specs
 from dsv3_jax.layers.moe import BalanceBias
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from sharding.mesh import REPLICATED, MeshSpec
+from dsv3_jax.weights.pretrained import progress
+from dsv3_jax.weights.sources import Source, filled
+from sharding.mesh import MeshSpec, placement
 from sharding.rules import Layout
 
 
@@ -50,17 +54,6 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
 
 
-def specs(tree, layout: Layout):
-    """PartitionSpecs: of each parameter, and of the moments of it, where the layout stores it."""
-
-    def of(leaf):
-        if not (isinstance(leaf, nnx.Variable) and "names" in leaf.get_metadata()):
-            return REPLICATED
-        return layout.stored(leaf.names, leaf.sizes, stack=len(leaf.shape) - len(leaf.sizes))
-
-    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
 def abstract_state(
     config: Config,
     optimizer: optax.GradientTransformation,
@@ -69,7 +62,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, types and placements of the state, without its numbers."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
-    placements = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(shapes, layout))
+    placements = jax.tree.map(lambda spec: placement(mesh, spec), specs(shapes, layout))
 
     def place(sharding, subtree):
         return jax.tree.map(
@@ -77,6 +70,22 @@ def abstract_state(
         )
 
     return jax.tree.map(place, placements, shapes)
+
+
+def state_from(
+    source: Source, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The state before the first step with the weights and balance biases of `source`."""
+    wanted = flatten(abstract.params) | flatten(abstract.bias)
+    with progress(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
+        arrays = source.load(wanted, advance=advance)
+
+    def begin(params, bias) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    start = jax.jit(begin, out_shardings=shardings, donate_argnums=(0, 1))
+    return start(filled(abstract.params, arrays), filled(abstract.bias, arrays))
 
 
 def fresh_state(

@@ -11,14 +11,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.layers.linear import assemble
+from dsv3_jax.layers.linear import assemble, specs
 from dsv3_jax.layers.moe import RouterStats
 from dsv3_jax.losses import Batch, Losses, training_loss
 from dsv3_jax.model import abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import bias_rate, learning_rate, moved_bias, mtp_weight
 from dsv3_jax.shapes import Array
-from dsv3_jax.training.state import TrainState, parts_of, specs
+from dsv3_jax.training.state import TrainState, parts_of
 from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, region
 from sharding.rules import Layout
 

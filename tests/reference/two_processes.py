@@ -1,0 +1,39 @@
+"""One of two processes with two devices each: imports a folder with the other, and loads its half.
+
+    python two_processes.py PORT NUMBER OFFICIAL NEW_FOLDER
+
+Prints the bytes that it read of the official folder for a model on mesh ep4.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from reference.official_weights import our_arrays
+
+from dsv3_jax.hf_weights import flatten
+from dsv3_jax.weights.convert import import_weights
+from dsv3_jax.weights.pretrained import load_model
+from dsv3_jax.weights.sources import open_weights
+from sharding.mesh import make_mesh, parse_mesh
+
+
+def main(port: str, number: str, official: Path, folder: Path):
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", 2, int(number))
+    mesh = make_mesh(parse_mesh("ep4"))
+    import_weights(official, folder, "bfloat16", mesh)
+    want = our_arrays(official, "bfloat16")
+    for source in (open_weights(folder), open_weights(official)):
+        arrays = flatten(nnx.state(load_model(source, "bfloat16", mesh)))
+        for path, value in want.items():
+            assert len(arrays[path].addressable_shards) == 2
+            for shard in arrays[path].addressable_shards:
+                np.testing.assert_array_equal(np.asarray(shard.data), value[shard.index])
+    print(source.folder.bytes_read)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))

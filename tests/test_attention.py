@@ -1,0 +1,111 @@
+"""Attention that begins at some place: padding on the left, and documents packed in a row.
+
+Against a dense mask in NumPy (values) and in JAX (gradients). Tolerance: float32 1e-5 of the
+largest value.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.cases import assert_close
+
+from dsv3_jax.layers import mla
+
+N_ROWS, N_HEADS, LENGTH, KEY_DIM, VALUE_DIM, SCALE = 2, 3, 11, 7, 5, 0.3
+OWN = np.arange(LENGTH, dtype=np.int32)[None, :]
+STARTS = {
+    "left padding": np.minimum(np.array([[4], [0]], np.int32), OWN),
+    "documents": np.array([[0, 0, 0, 3, 3, 3, 3, 7, 8, 8, 8], [0] * 6 + [6] * 5], np.int32),
+    "only itself": np.tile(OWN, (N_ROWS, 1)),
+    "a window": np.tile(np.maximum(OWN - 3, 0), (N_ROWS, 1)),
+}
+
+
+@functools.cache
+def arrays() -> tuple[np.ndarray, ...]:
+    """Queries, keys, values and a gradient of the output."""
+    dims = (KEY_DIM, KEY_DIM, VALUE_DIM, VALUE_DIM)
+    rng = np.random.default_rng(0)
+    return tuple(rng.normal(size=(N_ROWS, N_HEADS, LENGTH, d)).astype(np.float32) for d in dims)
+
+
+def twin(q, k, v, start):
+    """Place by place: softmax over the keys from `start` to the query's own place."""
+    out = np.zeros(v.shape)
+    for row, head, t in np.ndindex(N_ROWS, N_HEADS, LENGTH):
+        past = slice(start[row, t], t + 1)
+        scores = SCALE * k[row, head, past].astype(float) @ q[row, head, t]
+        weights = np.exp(scores - scores.max())
+        out[row, head, t] = weights / weights.sum() @ v[row, head, past]
+    return out
+
+
+def dense(q, k, v, start):
+    """The same with a mask over all T x T products, for jax.grad."""
+    place = jnp.arange(LENGTH)
+    seen = (place[None, None, :] <= place[None, :, None]) & (
+        place[None, None, :] >= start[:, :, None]
+    )
+    scores = jnp.einsum("BHTK,BHSK->BHTS", q, k) * SCALE
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
+    return jnp.einsum("BHTS,BHSO->BHTO", weights, v)
+
+
+def values_and_gradients(attention):
+    def both(q, k, v, grad, start):
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, start), q, k, v)
+        return out, *pull(grad)
+
+    return jax.jit(both)
+
+
+@functools.cache
+def program(chunk: int):
+    """`causal_attention` with queries taken `chunk` at a time, and its gradients."""
+
+    def attention(q, k, v, start):
+        with pytest.MonkeyPatch.context() as patch:  # in force while it is traced
+            patch.setattr(mla, "QUERY_CHUNK", chunk)
+            return mla.causal_attention(q, k, v, SCALE, start)
+
+    return values_and_gradients(attention)
+
+
+wanted = values_and_gradients(dense)
+
+
+@pytest.mark.parametrize("chunk", [512, 4, 1])
+@pytest.mark.parametrize("name", STARTS)
+def test_start(name, chunk):
+    got = program(chunk)(*arrays(), STARTS[name])
+    assert_close(got[0], twin(*arrays()[:3], STARTS[name]))
+    for one, want in zip(got, wanted(*arrays(), STARTS[name]), strict=True):
+        np.testing.assert_allclose(one, want, rtol=0, atol=1e-5)  # the largest are near 1
+
+
+@pytest.mark.parametrize("chunk", [512, 4])
+def test_start_of_zeros_is_none(chunk):
+    zeros = np.zeros((N_ROWS, LENGTH), np.int32)
+    run = program(chunk)
+    for one, want in zip(run(*arrays(), zeros), run(*arrays(), None), strict=True):
+        assert_close(one, want)
+
+
+def test_documents_do_not_see_each_other():
+    """Neither values nor gradients of one depend on what another holds."""
+    q, k, v, grad = arrays()
+    start = STARTS["documents"]
+
+    @jax.jit
+    def both(k, v):
+        out, pull = jax.vjp(lambda k, v: mla.causal_attention(q, k, v, SCALE, start), k, v)
+        return out, *pull(grad)
+
+    first, other = slice(0, 3), slice(3, None)  # of row 0
+    changed = [np.where(np.arange(LENGTH)[None, None, :, None] < 3, 9.0, x) for x in (k, v)]
+    for got, want in zip(both(*(np.float32(x) for x in changed)), both(k, v), strict=True):
+        np.testing.assert_array_equal(got[0, :, other], want[0, :, other])
+        assert np.abs(got - want)[0, :, first].max() > 1e-3
