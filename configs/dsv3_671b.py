@@ -32,5 +32,5 @@ def get_config() -> Config:
         ),
         train=TrainConfig(batch=15_360, seq_len=4096, steps=235_240),
         data=DataConfig(tokenizer="deepseek"),
-        parallel=ParallelConfig(zero=3, remat="full"),
+        parallel=ParallelConfig(zero=3, remat="full", pieces=2),
     )

@@ -9,13 +9,21 @@ import typing
 
 from sharding.mesh import MeshSpec
 
-REMAT_POLICIES = ("report", "full", "none")
-
 
 def _check_positive(config, section: str, *names: str):
     for name in names:
         if getattr(config, name) <= 0:
             raise ValueError(f"{section}.{name}={getattr(config, name)} must be positive")
+
+
+def _check_choice(name: str, value, known: tuple):
+    if value not in known:
+        raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, known))}")
+
+
+def _check_multiple(of: str, value: int, by: str, unit: int):
+    if value % unit:
+        raise ValueError(f"{of}={value} must be a multiple of {by}={unit}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +81,7 @@ class MoEConfig:
         _check_positive(self, "moe", "n_experts", "hidden", "top_k", "n_groups", "n_groups_kept")
         if self.n_shared < 0:
             raise ValueError(f"moe.n_shared={self.n_shared} must not be negative")
-        if self.n_experts % self.n_groups:
-            raise ValueError(
-                f"moe.n_experts={self.n_experts} must be a multiple of moe.n_groups={self.n_groups}"
-            )
+        _check_multiple("moe.n_experts", self.n_experts, "moe.n_groups", self.n_groups)
         if self.n_groups_kept > self.n_groups:
             raise ValueError(
                 f"moe.n_groups_kept={self.n_groups_kept} exceeds moe.n_groups={self.n_groups}"
@@ -188,37 +193,32 @@ class PrecisionConfig:
 
     def __post_init__(self):
         for name in ("compute", "master", "moments"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(
-                    f"precision.{name}={getattr(self, name)!r} must be 'float32' or 'bfloat16'"
-                )
+            _check_choice(f"precision.{name}", getattr(self, name), ("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the program lies on the mesh: ZeRO level, remat policy, expert buffer size, unrolling.
+    """How the program lies on the mesh and in time: ZeRO level, remat policy, and more.
 
     `capacity` is the receive buffer of one dispatch round over a balanced load; what does not fit
     travels in a further round, so no token is dropped at any value. `unroll` layers run in one turn
-    of the loop over layers: less copying for more compile time.
+    of the loop over layers: less copying for more compile time. `pieces` cuts the sequence in
+    layers with experts, so that the exchange of one piece runs beside the products of another.
     """
 
     zero: int = 1
     remat: str = "report"
     capacity: float = 1.25
     unroll: int = 1
+    pieces: int = 1
 
     def __post_init__(self):
-        _check_positive(self, "parallel", "unroll")
-        if self.zero not in (1, 3):
-            raise ValueError(f"parallel.zero={self.zero} must be 1 or 3")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"parallel.remat={self.remat!r} must be one of {', '.join(REMAT_POLICIES)}"
-            )
+        _check_positive(self, "parallel", "unroll", "pieces")
+        _check_choice("parallel.zero", self.zero, (1, 3))
+        _check_choice("parallel.remat", self.remat, ("report", "full", "none"))
         if self.capacity < 1.0:
             raise ValueError(
-                f"parallel.capacity={self.capacity} must be at least 1 (a balanced load)"
+                f"parallel.capacity={self.capacity} must be at least 1 (balanced load)"
             )
 
 
@@ -264,13 +264,15 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    def __post_init__(self):
+        length, pieces = self.train.seq_len, self.parallel.pieces
+        _check_multiple("train.seq_len", length, "parallel.pieces", pieces)
+
 
 def check_mesh(config: Config, mesh: MeshSpec):
-    """Raise unless the program of `config` can be divided over `mesh`.
+    """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`.
 
-    Raises:
-        ValueError: a size that does not divide; the message has the numbers and what would work.
-        NotImplementedError: pipeline stages.
+    Pipeline stages are a NotImplementedError.
     """
     if mesh.pp > 1:
         raise NotImplementedError(
@@ -374,9 +376,8 @@ def differences(config: Config, saved: dict) -> list[str]:
 def _flatten(tree: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        inner = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return flat
 
 

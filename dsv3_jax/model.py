@@ -4,6 +4,8 @@ Every method runs unchanged on one device or on a share of the batch inside the 
 `Layout` says which.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -14,7 +16,7 @@ from dsv3_jax.layers.block import DenseBlock, MoEBlock
 from dsv3_jax.layers.linear import weight
 from dsv3_jax.layers.moe import BalanceBias, RouterStats
 from dsv3_jax.layers.norm import RMSNorm
-from dsv3_jax.layers.stack import scan, stack
+from dsv3_jax.layers.stack import scan, scan_ahead, stack
 from dsv3_jax.mtp import MTP
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.shapes import Array, Float, Float32, Int
@@ -79,12 +81,13 @@ class DeepSeekV3(nnx.Module):
         """Hidden states after the final norm, and the MoE layers' statistics, stacked."""
         x, positions, stats = self.embed(tokens, layout), positions_of(tokens), None
 
-        def step(block, x, _):
-            return block(x, positions, layout, start)
+        def step(block, x, between=None):
+            return block(x, positions, layout, start, between)
 
+        run = scan_ahead if layout.zero == 3 else functools.partial(scan, xs=None)
         for blocks in (self.dense, self.moe):
             if blocks is not None:
-                x, stats = scan(step, blocks, x, None, **self._how(layout, remat))
+                x, stats = run(step, blocks, x, **self._how(layout, remat))
         return self.norm(x), stats
 
     def mtp_trunk(

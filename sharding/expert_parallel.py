@@ -82,8 +82,8 @@ def dispatch(rows, weights: jax.Array, plan: Plan, route: Route, index) -> tuple
 
     Returns:
         The rows received [r ...], their weights [r] and local experts [r], r = ep * capacity;
-        places that nothing was sent to hold zeros and the expert `n_local`. What each rank sent is
-        in the order of its experts.
+        places that nothing was sent to hold any row and the expert `n_local`. What each rank sent
+        is in the order of its experts.
     """
     slots, pairs, back = _places(plan, route, index)
     choices = weights.shape[1]
@@ -104,7 +104,7 @@ def exchange(fn: Callable, params, rows, weights: jax.Array, ids: jax.Array, rou
 
     Args:
         fn: (params, rows, weights [r], sizes [n_local]) -> [r D], of rows grouped by local expert,
-            `sizes` of each; what lies beyond the last group must come out as zeros.
+            `sizes` of each; what lies beyond the last group is not looked at.
         params: this rank's share of the experts.
         rows: pytree of [t ...].
         weights: [t K].
@@ -198,23 +198,20 @@ def _all_to_all(x: jax.Array, route: Route) -> jax.Array:
     return lax.all_to_all(x, EXPERT_AXES, split_axis=0, concat_axis=0, tiled=True)
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
 @jax.custom_vjp
 def _spread(x: jax.Array, source: jax.Array, back: jax.Array) -> jax.Array:
     """x [t ...] -> [s ...], out[i] = x[source[i]]; `back` [t K] lists where each row went.
 
-    Knowing both directions, this and `_collect` are each other's transpose without a scatter.
+    Knowing both directions, this and `_collect` are each other's transpose without a scatter. A
+    place without a source holds any row: nobody looks there, and clearing it would cost a pass.
     """
-    return _take(x, source)
+    return x.at[source].get(mode="clip")
 
 
 @jax.custom_vjp
 def _collect(x: jax.Array, source: jax.Array, back: jax.Array) -> jax.Array:
-    """x [s ...] -> [t ...], out[t] = sum over k of x[back[t, k]]."""
-    return _take(x, back).sum(1)
+    """x [s ...] -> [t ...], out[t] = sum over k of x[back[t, k]], zero past the end."""
+    return x.at[back].get(mode="fill", fill_value=0).sum(1)
 
 
 _spread.defvjp(

@@ -9,9 +9,10 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("pp", "dp", "node", "rank")
@@ -22,12 +23,17 @@ GRAMMAR = "comma-separated pp, dp and ep with a size, such as dp4,ep8 or dp*,ep2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-    """Sizes of the mesh axes; `nodes * ranks` is the expert-parallel size."""
+    """Sizes of the mesh axes, and what its devices are; the experts lie over `nodes * ranks`.
+
+    On a torus of chips, `rings` has for each mesh axis the sizes of the torus axes that it takes.
+    """
 
     pp: int = 1
     dp: int = 1
     nodes: int = 1
     ranks: int = 1
+    platform: str = "cpu"
+    rings: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -139,11 +145,37 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
 
 
 def spec_of(mesh: Mesh | AbstractMesh) -> MeshSpec:
-    """The sizes of a mesh that `make_mesh` made."""
+    """The sizes of a mesh that `make_mesh` made, and its devices; an abstract one has CPUs."""
     if mesh.axis_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.axis_names}, expected {AXES}; use make_mesh")
     pp, dp, nodes, ranks = mesh.axis_sizes
-    return MeshSpec(pp=pp, dp=dp, nodes=nodes, ranks=ranks)
+    spec = MeshSpec(pp=pp, dp=dp, nodes=nodes, ranks=ranks)
+    if isinstance(mesh, AbstractMesh):
+        return spec
+    return dataclasses.replace(
+        spec, platform=mesh.devices.flat[0].platform, rings=_rings(mesh.devices)
+    )
+
+
+def _rings(devices: np.ndarray) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """`MeshSpec.rings` of devices that know their place on a torus; nothing for others."""
+    if not hasattr(devices.flat[0], "coords"):
+        return ()
+    lines = [np.moveaxis(devices, dim, -1).reshape(-1, n)[0] for dim, n in enumerate(devices.shape)]
+    return tuple((axis, _torus_sizes(list(line))) for axis, line in zip(AXES, lines, strict=True))
+
+
+def _torus_sizes(line: Sequence) -> tuple[int, ...]:
+    """Sizes of the torus axes that a line of devices runs along, the one it changes last first."""
+    places = np.array([(*device.coords, device.core_on_chip) for device in line])
+    moving = [column for column in places.T if len(set(column)) > 1]
+    moving.sort(key=lambda column: -int(np.argmax(column != column[0])))  # by stride
+    sizes = tuple(len(set(column)) for column in moving)
+    if not sizes or math.prod(sizes) != len(line):
+        return (len(line),)
+    steps = np.unravel_index(np.arange(len(line)), sizes)
+    along = [len(set(zip(a, b, strict=True))) for a, b in zip(steps, moving, strict=True)]
+    return sizes if tuple(along) == sizes else (len(line),)
 
 
 def region(fn: Callable, mesh: Mesh | AbstractMesh, in_specs, out_specs) -> Callable:

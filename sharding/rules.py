@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from sharding.hops import gather, scatter_sum
 from sharding.mesh import DATA_AXES, EXPERT_AXES, MeshSpec
 
 KEPT = ("expert", "vocab_shard", "embed_shard")
@@ -25,13 +26,15 @@ class Layout:
     """All that layers need to know about where they run: mesh, ZeRO level, room for expert rows.
 
     `capacity` is the receive buffer of one round of the expert exchange over a balanced load;
-    `unroll` how many layers one turn of the loop over layers runs.
+    `unroll` how many layers one turn of the loop over layers runs; `pieces` into how many the
+    sequence is cut in layers with experts.
     """
 
     mesh: MeshSpec = MeshSpec()
     zero: int = 1
     capacity: float = 1.25
     unroll: int = 1
+    pieces: int = 1
 
     def stored(
         self, names: tuple[str, ...], sizes: tuple[int, ...], stack: int = 0
@@ -58,7 +61,7 @@ class Layout:
             for dim, name in enumerate(names)
             if split[dim] and name not in KEPT and x.shape[stack + dim] < sizes[dim]
         )
-        return _gather(x, moves, dtype)
+        return _gather(x, moves, self.mesh, dtype)
 
     def whole_sum(self, grad: jax.Array, names: tuple, sizes: tuple) -> jax.Array:
         """A stored gradient, summed over the axes where its parameter is stored whole.
@@ -93,22 +96,22 @@ def _split(
     return tuple(split)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, moves: tuple, dtype: jnp.dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, moves: tuple, mesh: MeshSpec, dtype: jnp.dtype) -> jax.Array:
     x = x.astype(dtype)
     for dim, axes in moves:
-        x = jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+        x = gather(x, axes, dim, mesh)
     return x
 
 
-def _gather_forward(x, moves, dtype):
-    return _gather(x, moves, dtype), jnp.zeros((0,), x.dtype)
+def _gather_forward(x, moves, mesh, dtype):
+    return _gather(x, moves, mesh, dtype), jnp.zeros((0,), x.dtype)
 
 
-def _gather_backward(moves, dtype, like, grad):
+def _gather_backward(moves, mesh, dtype, like, grad):
     grad = grad.astype(like.dtype)
     for dim, axes in reversed(moves):
-        grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
+        grad = scatter_sum(grad, axes, dim, mesh)
     return (grad,)
 
 

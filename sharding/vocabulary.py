@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sharding.hops import gather, scatter_sum
 from sharding.mesh import EXPERT_AXES, MeshSpec
 
 
@@ -62,10 +63,10 @@ def walk(fn: Callable, carry, head: jax.Array, pieces: int, mesh: MeshSpec):
         index, piece = item
         ids = first + index * rows + jnp.arange(rows, dtype=jnp.int32)[None, :]
         if mesh.ep > 1:
-            piece = lax.all_gather(piece, EXPERT_AXES, tiled=True)
+            piece = gather(piece, EXPERT_AXES, 0, mesh)
         carry, out = fn(carry, piece, ids.reshape(-1))
         if out is not None and mesh.ep > 1:
-            out = lax.psum_scatter(out, EXPERT_AXES, scatter_dimension=0, tiled=True)
+            out = scatter_sum(out, EXPERT_AXES, 0, mesh)
         return carry, out
 
     split = head.reshape(pieces, rows, head.shape[1])

@@ -5,6 +5,7 @@ largest value.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from reference.cases import assert_close
 
-from dsv3_jax.layers import mla
+from dsv3_jax.layers import attention
 
 N_ROWS, N_HEADS, LENGTH, KEY_DIM, VALUE_DIM, SCALE = 2, 3, 11, 7, 5, 0.3
 OWN = np.arange(LENGTH, dtype=np.int32)[None, :]
@@ -66,12 +67,12 @@ def values_and_gradients(attention):
 def program(chunk: int):
     """`causal_attention` with queries taken `chunk` at a time, and its gradients."""
 
-    def attention(q, k, v, start):
+    def chunked(q, k, v, start):
         with pytest.MonkeyPatch.context() as patch:  # in force while it is traced
-            patch.setattr(mla, "QUERY_CHUNK", chunk)
-            return mla.causal_attention(q, k, v, SCALE, start)
+            patch.setattr(attention, "QUERY_CHUNK", chunk)
+            return attention.causal_attention(q, k, v, SCALE, start)
 
-    return values_and_gradients(attention)
+    return values_and_gradients(chunked)
 
 
 wanted = values_and_gradients(dense)
@@ -101,7 +102,7 @@ def test_documents_do_not_see_each_other():
 
     @jax.jit
     def both(k, v):
-        out, pull = jax.vjp(lambda k, v: mla.causal_attention(q, k, v, SCALE, start), k, v)
+        out, pull = jax.vjp(lambda k, v: attention.causal_attention(q, k, v, SCALE, start), k, v)
         return out, *pull(grad)
 
     first, other = slice(0, 3), slice(3, None)  # of row 0
@@ -109,3 +110,39 @@ def test_documents_do_not_see_each_other():
     for got, want in zip(both(*(np.float32(x) for x in changed)), both(k, v), strict=True):
         np.testing.assert_array_equal(got[0, :, other], want[0, :, other])
         assert np.abs(got - want)[0, :, first].max() > 1e-3
+
+
+@pytest.mark.parametrize("n_queries", [128, 256])
+@pytest.mark.parametrize("text", ["one", "documents", "left padding"])
+def test_the_tpu_kernel(n_queries, text):
+    """In interpret mode, equal to the products, with queries for all keys or for the last half."""
+    rng, n_keys, begins = np.random.default_rng(1), 256, None
+    own = np.arange(n_keys, dtype=np.int32)[None, :]
+    if text == "documents":
+        begins = np.where(own < 70, 0, np.where(own < 200, 70, 200)) + np.zeros((2, 1), np.int32)
+    elif text == "left padding":
+        begins = np.minimum(np.array([[0], [130]], np.int32), own)
+    dims = (n_queries, 24), (n_keys, 24), (n_keys, 16), (n_queries, 16)
+    q, k, v, grad = (rng.normal(size=(2, 3, *dim)).astype(np.float32) for dim in dims)
+
+    def both(attend):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, SCALE, begins), q, k, v)
+        return out, *pull(grad)
+
+    fused = functools.partial(attention.fused_attention, interpret=True)
+    for got, want in zip(both(fused), both(attention.chunked_attention), strict=True):
+        assert_close(got, want)
+
+
+def test_where_the_tpu_kernel_is_used(monkeypatch):
+    """On TPUs, unless a length is no multiple of 128."""
+    monkeypatch.setattr(attention, "fused_attention", lambda *_: "kernel")
+    monkeypatch.setattr(attention, "chunked_attention", lambda *_: "products")
+
+    def used(n_queries, n_keys, platform):
+        shapes = (n_queries, n_keys, n_keys)
+        q, k, v = (np.zeros((1, 1, n, 4), np.float32) for n in shapes)
+        return inspect.unwrap(attention.causal_attention)(q, k, v, 1.0, None, platform)
+
+    assert used(128, 256, "tpu") == "kernel"
+    assert used(100, 256, "tpu") == used(128, 200, "tpu") == used(128, 256, "cpu") == "products"

@@ -191,7 +191,8 @@ def test_absorbed_equals_expanded_and_the_twin(config):
     @jax.jit
     def both(module, h, positions):
         q, latents = module.queries(h, positions), module.latents(h, positions)
-        return module.absorbed(q, latents, causal), module.expanded(q, latents, None)
+        pairs = module.keys_values(latents)
+        return module.absorbed(q, latents, causal), module.expanded(q, *pairs, None, "cpu")
 
     h = inputs()
     absorbed, expanded = both(module, h, positions())

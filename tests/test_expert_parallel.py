@@ -242,8 +242,6 @@ def check_received(received, gates, experts, ids, capacity):
     token, ep = received["token"], 4
     n_local, empty = E // ep, experts == E // ep
     values = received["values"].astype(np.float32)
-    np.testing.assert_array_equal(token[empty], 0)
-    np.testing.assert_array_equal(gates[empty], 0)
     np.testing.assert_array_equal(values, (token % 8)[..., None] * np.ones(D))
     np.testing.assert_array_equal(received["scale"], token[..., None] * np.array([1.0, -2.0]))
     chunks = experts.reshape(8, 5, ep, capacity)

@@ -14,6 +14,7 @@ FLOORS = {
     "sharding": 0,
     "dsv3_jax.shapes": 1,
     "dsv3_jax.config": 1,
+    "dsv3_jax.chips": 2,
     "dsv3_jax.numerics": 2,
     "dsv3_jax.layers": 3,
     "dsv3_jax.mtp": 4,
@@ -35,6 +36,7 @@ FLOORS = {
     "dsv3_jax": 9,  # the package's own __init__: names for its users, not for its modules
     "configs": 9,
     "train": 9,
+    "dsv3_jax.tunnel.__main__": 10,  # a command line too
     "dsv3_jax.plan": 10,  # a command line that reads the presets and the tunnel's table of chips
 }
 SAME_FLOOR = {("dsv3_jax.model", "dsv3_jax.mtp"), ("train", "configs")}  # may import

@@ -30,12 +30,12 @@ from reference.cases import (
 )
 
 from dsv3_jax.config import YarnConfig
-from dsv3_jax.layers import mla, rope
+from dsv3_jax.layers import attention, mla, rope
 from dsv3_jax.layers.ffn import SwiGLU
 from dsv3_jax.layers.mla import MLA
-from dsv3_jax.layers.moe import MoE
+from dsv3_jax.layers.moe import MoE, router_stats
 from dsv3_jax.layers.norm import RMSNorm
-from dsv3_jax.layers.router import choose_experts, sequence_balance
+from dsv3_jax.layers.router import choose_experts, expert_counts, sequence_balance
 from sharding.rules import Layout
 
 # Norm, feed-forward, rotary embedding
@@ -144,7 +144,7 @@ def test_attention_depends_on_relative_positions_only():
 def test_k_rope_is_one_head_for_all(monkeypatch):
     """Keys in place of values: the rotary part is the same in every head, and is rope(W_KR h)."""
     monkeypatch.setattr(
-        mla, "causal_attention", lambda q, k, v, scale, start: k[..., ATTENTION.nope_dim :][..., :5]
+        mla, "causal_attention", lambda q, k, v, *how: k[..., ATTENTION.nope_dim :][..., :5]
     )
     module, values = build(lambda: MLA(CONFIG, rngs=nnx.Rngs(0)))
     module.out.kernel.set_value(jnp.eye(15, 20))
@@ -164,14 +164,14 @@ def test_attention_in_chunks(monkeypatch):
     v, grad = rng.normal(size=(2, BATCH, 3, LENGTH, 5)).astype(np.float32)
 
     def run(step):
-        def attention(q, k, v):  # a new function: jit does not see that the chunk has changed
-            return mla.causal_attention(q, k, v, 0.3)
+        def fresh(q, k, v):  # a new function: jit does not see that the chunk has changed
+            return attention.causal_attention(q, k, v, 0.3)
 
         def both(q, k, v, grad):
-            out, pull = jax.vjp(attention, q, k, v)
+            out, pull = jax.vjp(fresh, q, k, v)
             return out, *pull(grad)
 
-        monkeypatch.setattr(mla, "QUERY_CHUNK", step)
+        monkeypatch.setattr(attention, "QUERY_CHUNK", step)
         return jax.jit(both)(q, k, v, grad)
 
     for one, other in zip(run(3), run(512), strict=True):
@@ -254,7 +254,8 @@ def moe_layer():
 def test_moe(moe_layer):
     module, values = moe_layer
     h, w = inputs(), moe_weights(values)
-    got, stats = jax.jit(lambda module, h: module(h, Layout()))(module, h)
+    got, routed = jax.jit(lambda module, h: module(h, Layout()))(module, h)
+    stats = router_stats([routed], MOE.top_k)
     assert_close(got, [reference.moe(rows.astype(float), w, MOE) for rows in h])
     load, balance = np.zeros(MOE.n_experts), 0.0
     for rows in h:
@@ -284,7 +285,13 @@ def test_sequence_balance():
     rng = np.random.default_rng(7)
     scores = rng.uniform(0.1, 0.9, size=(BATCH, LENGTH, 6)).astype(np.float32)
     ids = np.argsort(rng.normal(size=scores.shape))[..., :3].astype(np.int32)
-    run = jax.jit(sequence_balance)
+
+    @jax.jit
+    def run(scores, ids):
+        counts = jax.vmap(expert_counts, in_axes=(0, None))(ids, scores.shape[-1])
+        affinity = (scores / scores.sum(-1, keepdims=True)).sum(1)
+        return sequence_balance(counts, affinity, ids.shape[-1])
+
     want = sum(reference.sequence_balance(scores[b].astype(float), ids[b], 3) for b in range(BATCH))
     np.testing.assert_allclose(run(scores, ids), want, rtol=1e-5)
     even = np.arange(6, dtype=np.int32).reshape(1, 2, 3)

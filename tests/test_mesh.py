@@ -1,6 +1,7 @@
 """The mesh grammar, its errors, and which configs fit on which mesh."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,14 @@ from sharding.mesh import (
     BATCH,
     REPLICATED,
     MeshSpec,
+    _torus_sizes,
     check_devices,
     data_max,
     data_sum,
     make_mesh,
     parse_mesh,
     region,
+    spec_of,
 )
 
 GOOD = {
@@ -117,6 +120,37 @@ def test_make_mesh_has_all_axes():
     assert mesh.axis_names == AXES
     with pytest.raises(ValueError, match="needs 4 devices, but there are 8"):
         make_mesh(parse_mesh("ep4"))
+
+
+class Chip(NamedTuple):
+    """A device on a torus, as far as meshes look at it."""
+
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize(
+    "line, sizes",
+    [
+        ([(0, 0, z) for z in range(5)], (5,)),
+        ([(x, y, 0) for y in range(2) for x in range(3)], (2, 3)),  # x changes first
+        ([(x, 1, z) for x in range(3) for z in range(2)], (3, 2)),
+        ([(2, 1, 0)], (1,)),
+        ([(x, 0, z) for x in range(2) for z in range(3)][:5], (5,)),  # no box
+        ([(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)], (4,)),  # round a ring of two axes
+    ],
+)
+def test_rings_of_a_line(line, sizes):
+    assert _torus_sizes([Chip(place) for place in line]) == sizes
+
+
+def test_cores_of_a_chip_are_an_axis():
+    line = [Chip((0, y, 0), core) for y in range(3) for core in range(2)]
+    assert _torus_sizes(line) == (3, 2)
+
+
+def test_cpus_have_no_rings():
+    assert spec_of(make_mesh(parse_mesh("dp2,ep2x2"))) == parse_mesh("dp2,ep2x2")
 
 
 def test_batch_order_and_sums_in_a_region():

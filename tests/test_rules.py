@@ -1,5 +1,6 @@
 """Where parameters are stored, and how they come together and their gradients come apart."""
 
+import dataclasses
 import functools
 import math
 
@@ -15,6 +16,7 @@ from dsv3_jax.layers.linear import specs
 from dsv3_jax.model import abstract_model, count_parameters
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.training.state import parts_of
+from sharding.hops import hops
 from sharding.mesh import BATCH, DATA_AXES, EXPERT_AXES, make_mesh, parse_mesh, region
 from sharding.rules import KEPT, Layout
 
@@ -135,11 +137,24 @@ def used_spec(names, sizes) -> PartitionSpec:
     return PartitionSpec(*(EXPERT_AXES if name in KEPT else None for name in names))
 
 
-@pytest.mark.parametrize("mesh", ["dp8", "dp2,ep4", "dp2,ep2x2", "ep1"])
 @pytest.mark.parametrize("n_layers", [None, 3])
-def test_gather_and_its_gradient(mesh, n_layers):
-    """Gathered equals whole; its gradient is the sum of all devices', in the stored shards."""
+@pytest.mark.parametrize(
+    "mesh, rings",
+    [("dp8", {}), ("dp2,ep4", {}), ("dp2,ep2x2", {}), ("ep1", {})]
+    + [("dp2,ep4", {"rank": (2, 2)}), ("ep4", {"rank": (2, 2)}), ("dp2,ep2x2", {"rank": (2,)})],
+)
+def test_gather_and_its_gradient(mesh, rings, n_layers):
+    """Gathered equals whole; its gradient is the sum of all devices', in the stored shards.
+
+    With `rings`, as on a torus, both take a hop a ring.
+    """
     spec = parse_mesh(mesh)
+    if rings:
+        sizes = {axis: (size,) for axis, size in spec.sizes.items()} | rings
+        spec = dataclasses.replace(spec, rings=tuple(sizes.items()))
+        way = hops(DATA_AXES, spec)
+        taken = [len(groups[0]) if groups else spec.size(axis) for axis, groups in way]
+        assert math.prod(taken) == spec.data and len(taken) > 1
     layout = Layout(mesh=spec)
     stack = () if n_layers is None else (n_layers,)
     free = (None,) * len(stack)

@@ -47,7 +47,7 @@ BATCH_SIZE, LENGTH, VOCAB, N_EXPERTS, TOP_K, N_MOE = 8, 16, 64, 8, 2, 3  # MoE l
 N_PAIRS = BATCH_SIZE * LENGTH * TOP_K
 
 
-def config_of(zero: int = 1, remat: str = "report") -> Config:
+def config_of(zero: int = 1, remat: str = "report", pieces: int = 1) -> Config:
     return Config(
         name="test",
         model=ModelConfig(
@@ -68,7 +68,7 @@ def config_of(zero: int = 1, remat: str = "report") -> Config:
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
         losses=LossConfig(balance_weight=0.05, bias_rate=0.01),
         precision=PrecisionConfig(compute="float32", moments="float32"),
-        parallel=ParallelConfig(zero=zero, remat=remat),
+        parallel=ParallelConfig(zero=zero, remat=remat, pieces=pieces),
     )
 
 
@@ -79,8 +79,8 @@ def placed(mesh_text: str, config: Config):
 
 
 @functools.cache
-def program(mesh_text: str, zero: int = 1, remat: str = "report"):
-    config = config_of(zero, remat)
+def program(mesh_text: str, zero: int = 1, remat: str = "report", pieces: int = 1):
+    config = config_of(zero, remat, pieces)
     return jax.jit(loss_and_gradients(config, *placed(mesh_text, config)))
 
 
@@ -124,12 +124,12 @@ ROUTINGS = {
 
 
 @functools.cache
-def run(routing: str, mesh_text: str, zero: int = 1, remat: str = "report"):
+def run(routing: str, mesh_text: str, zero: int = 1, remat: str = "report", pieces: int = 1):
     """(losses, statistics, gradients) as NumPy arrays."""
     params, bias = parameters()
     if ROUTINGS[routing]:
         bias = favouring(*ROUTINGS[routing])
-    fn = program(mesh_text, zero, remat)
+    fn = program(mesh_text, zero, remat, pieces)
     return jax.tree.map(np.asarray, fn(params, bias, batch_of(0), np.float32(0.3)))
 
 
@@ -150,29 +150,30 @@ def assert_same(got, want):
     assert_same_gradients(grads, want[2])
 
 
-def rounds_of(experts, mesh: str) -> int:
+def rounds_of(experts, mesh: str, pieces: int) -> int:
     """Rounds when every token goes to these experts."""
     spec = parse_mesh(mesh)
-    pairs = N_PAIRS // spec.data
+    pairs = N_PAIRS // spec.data // pieces
     busiest = np.bincount(np.array(experts) * spec.ep // N_EXPERTS).max() * pairs // TOP_K
     return -(-busiest // capacity_of(pairs, spec.ep, ParallelConfig().capacity))
 
 
-def check(mesh, zero, remat="report"):
+def check(mesh, zero, remat="report", pieces=1):
     for routing, experts in ROUTINGS.items():
-        got = run(routing, mesh, zero, remat)
+        got = run(routing, mesh, zero, remat, pieces)
         assert_same(got, run(routing, "dp1"))
         stats = got[1]
         assert stats.load.sum() == stats.sent.sum() == N_MOE * N_PAIRS, routing
         if experts:
             np.testing.assert_array_equal(stats.load[:, list(experts)], N_PAIRS / TOP_K)
-            rounds = rounds_of(experts, mesh)
+            rounds = rounds_of(experts, mesh, pieces)
             np.testing.assert_array_equal(stats.rounds, np.full(N_MOE, rounds))
             assert rounds > 1 or routing != "one rank" or parse_mesh(mesh).ep == 1
 
 
-def test_equals_one_device():
-    check("dp2,ep2x2", zero=3)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_equals_one_device(pieces):
+    check("dp2,ep2x2", zero=3, pieces=pieces)
 
 
 @pytest.mark.slow
@@ -194,11 +195,14 @@ def test_equals_one_device_on_more_meshes(mesh, zero):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh, zero, remat", [("dp2,ep4", 3, "full"), ("ep2x4", 1, "none")])
-def test_remat_changes_nothing(mesh, zero, remat):
+@pytest.mark.parametrize(
+    "mesh, zero, remat, pieces",
+    [("dp2,ep4", 3, "full", 4), ("dp2,ep4", 3, "none", 1), ("ep2x4", 1, "none", 2)],
+)
+def test_remat_and_pieces_change_nothing(mesh, zero, remat, pieces):
     """ZeRO-3 with everything computed again equals ZeRO-1 with the report's selection."""
-    check(mesh, zero, remat)
-    assert_same(run("learned", mesh, zero, remat), run("learned", mesh, 1, "report"))
+    check(mesh, zero, remat, pieces)
+    assert_same(run("learned", mesh, zero, remat, pieces), run("learned", mesh, 1, "report"))
 
 
 def test_one_device_needs_one_round():

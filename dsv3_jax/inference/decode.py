@@ -68,7 +68,9 @@ def prefill(
     def attend(block, h):
         latents = block.attention.latents(h, positions)
         layers.append(jax.tree.map(lambda x: jnp.pad(x, room), latents))
-        return block.attention.expanded(block.attention.queries(h, positions), latents, seen_from)
+        pairs = block.attention.keys_values(latents)
+        how = (seen_from, layout.mesh.platform)
+        return block.attention.expanded(block.attention.queries(h, positions), *pairs, *how)
 
     hidden = _through(served, tokens, layout, attend)
     logits = served.around.logits(hidden[:, -1:], layout)[:, 0]

@@ -12,7 +12,6 @@ decoding moves W_UK to the query and W_UV behind the weighted sum instead (the a
 that the cache is read as it lies: q_nope . (W_UK c_kv) = (W_UK^T q_nope) . c_kv.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -23,11 +22,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.layers import rope
+from dsv3_jax.layers.attention import causal_attention
 from dsv3_jax.layers.linear import Linear
 from dsv3_jax.layers.norm import RMSNorm
 from dsv3_jax.shapes import Array, Bool, Float, Int
-
-QUERY_CHUNK = 512  # query positions whose scores exist at a time
 
 
 class Queries(NamedTuple):
@@ -67,9 +65,11 @@ class MLA(nnx.Module):
         h: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         start: Int[Array, "B T"] | None = None,
+        platform: str = "cpu",
     ) -> Float[Array, "B T D"]:
-        """Attention of every token to the past; `start` as in `causal_attention`."""
-        return self.expanded(self.queries(h, positions), self.latents(h, positions), start)
+        """Attention of every token to the past; `start` and `platform` as in `causal_attention`."""
+        pairs = self.keys_values(self.latents(h, positions))
+        return self.expanded(self.queries(h, positions), *pairs, start, platform)
 
     def queries(self, h: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Queries:
         a = self.config
@@ -86,16 +86,31 @@ class MLA(nnx.Module):
         k_rope = rope.rotate(k_rope[:, None], *rope.rotations(a, positions))
         return Latents(self.kv_norm(c_kv), k_rope[:, 0])
 
-    def expanded(
-        self, q: Queries, latents: Latents, start: Int[Array, "B T"] | None
-    ) -> Float[Array, "B T D"]:
-        """Attention with keys and values of every head, for S = T tokens at once."""
+    def keys_values(
+        self, latents: Latents
+    ) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S O"]]:
+        """Keys and values of every head."""
         a = self.config
-        kv = rearrange(self.kv_up(latents.c_kv), "b t (h k) -> b h t k", h=a.n_heads)
+        kv = rearrange(self.kv_up(latents.c_kv), "b s (h k) -> b h s k", h=a.n_heads)
         k_nope, v = jnp.split(kv, [a.nope_dim], axis=-1)
         k_rope = jnp.broadcast_to(latents.k_rope[:, None], (*k_nope.shape[:-1], a.rope_dim))
-        keys = jnp.concatenate([k_nope, k_rope], axis=-1)
-        o = causal_attention(jnp.concatenate(q, axis=-1), keys, v, rope.softmax_scale(a), start)
+        return jnp.concatenate([k_nope, k_rope], axis=-1), v
+
+    def expanded(
+        self,
+        q: Queries,
+        keys: Float[Array, "B H S K"],
+        values: Float[Array, "B H S O"],
+        start: Int[Array, "B S"] | None,
+        platform: str,
+    ) -> Float[Array, "B T D"]:
+        """Attention of the last T of S tokens, with keys and values of every head.
+
+        Args:
+            start, platform: as in `causal_attention`.
+        """
+        how = (rope.softmax_scale(self.config), start, platform)
+        o = causal_attention(jnp.concatenate(q, axis=-1), keys, values, *how)
         return self.out(rearrange(o, "b h t o -> b t (h o)"))
 
     def absorbed(
@@ -118,70 +133,3 @@ class MLA(nnx.Module):
         o_latent = jnp.einsum("BHTS,BSC->BHTC", weights, latents.c_kv)
         o = jnp.einsum("BHTC,CHO->BTHO", o_latent, w_uv)
         return self.out(rearrange(o, "b t h o -> b t (h o)"))
-
-
-def causal_attention(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H T K"],
-    v: Float[Array, "B H T O"],
-    scale: float,
-    start: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B H T O"]:
-    """softmax(q k^T * scale) v over the past, softmax in float32.
-
-    Queries are taken `QUERY_CHUNK` at a time against the keys up to them, so that nearly half of
-    the T x T products are left out.
-
-    Args:
-        start: the first place that each query sees, at most its own; None if that is 0. It leaves
-            out padding on the left, and other documents of the same row.
-    """
-    length, step = q.shape[2], min(QUERY_CHUNK, q.shape[2])
-
-    def chunk(i: int):
-        rows, past = slice(i, i + step), slice(i + step)
-        first = None if start is None else start[:, rows]
-        return _attend(q[:, :, rows], k[:, :, past], v[:, :, past], first, i, scale)
-
-    chunks = [chunk(i) for i in range(0, length, step)]
-    return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, start, first: int, scale: float):
-    """Attention of queries at places first, first + 1, ... to keys at places 0, 1, ...
-
-    The backward needs sum over keys of p dp, which equals sum over value dims of o do and is
-    cheaper so. Source: FlashAttention (arXiv 2205.14135), appendix B.2.
-    """
-    return _attend_forward(q, k, v, start, first, scale)[0]
-
-
-def _attend_forward(q, k, v, start, first, scale):
-    scores = jnp.einsum("BHTK,BHSK->BHTS", q, k, preferred_element_type=jnp.float32) * scale
-    place = jnp.arange(k.shape[2])
-    seen = (first + jnp.arange(q.shape[2])[:, None] >= place[None, :])[None, None]
-    if start is not None:
-        seen = seen & (place[None, None, None, :] >= start[:, None, :, None])
-    scores = jnp.where(seen, scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1, keepdims=True)
-    wide = jnp.einsum(
-        "BHTS,BHSO->BHTO", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    o = checkpoint_name((wide / total).astype(v.dtype), "attention")
-    return o, (q, k, v, weights / total, o)
-
-
-def _attend_backward(first, scale, saved, d_o):
-    q, k, v, p, o = saved
-    wide = {"preferred_element_type": jnp.float32}
-    overlap = (d_o.astype(jnp.float32) * o).sum(-1, keepdims=True)
-    d_p = jnp.einsum("BHTO,BHSO->BHTS", d_o, v, **wide)
-    d_scores = (p * (d_p - overlap) * scale).astype(q.dtype)
-    d_q = jnp.einsum("BHTS,BHSK->BHTK", d_scores, k)
-    d_k = jnp.einsum("BHTS,BHTK->BHSK", d_scores, q)
-    return d_q, d_k, jnp.einsum("BHTS,BHTO->BHSO", p.astype(d_o.dtype), d_o), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)

@@ -3,6 +3,8 @@
 y = shared(h) + sum over chosen experts i of g_i FFN_i(h)        (report sec. 2.1.2)
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -34,6 +36,23 @@ class RouterStats(NamedTuple):
     sent: Array  # [] pairs that travelled in them
 
 
+class Routed(NamedTuple):
+    """What a MoE layer saw of a piece of every sequence."""
+
+    counts: Float32[Array, "B E"]  # pairs that chose each expert
+    affinity: Float32[Array, "B E"]  # sum over tokens of their affinities, normalised over experts
+    rounds: Int[Array, ""]
+    sent: Int[Array, ""]
+
+
+def router_stats(pieces: Sequence[Routed], top_k: int) -> RouterStats:
+    """The statistics of whole sequences from those of their pieces; of the rounds, the most."""
+    counts, affinity, rounds, sent = (list(parts) for parts in zip(*pieces, strict=True))
+    balance = sequence_balance(sum(counts), sum(affinity), top_k)
+    most = functools.reduce(jnp.maximum, rounds)
+    return RouterStats(sum(counts).sum(0), balance, most, sum(sent))
+
+
 class MoE(nnx.Module):
     """Routed and shared experts."""
 
@@ -50,7 +69,7 @@ class MoE(nnx.Module):
 
     def __call__(
         self, h: Float[Array, "B T D"], layout: Layout
-    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+    ) -> tuple[Float[Array, "B T D"], Routed]:
         m = self.config
         scores = self.affinities(h)
         tokens = rearrange(h, "b t d -> (b t) d")
@@ -60,17 +79,18 @@ class MoE(nnx.Module):
         size = capacity_of(ids.size, layout.mesh.ep, layout.capacity)
         route = Route(layout.mesh, m.n_experts, size)
         experts = (self.gate_up[...].astype(h.dtype), self.down[...].astype(h.dtype))
-        routed, plan = exchange(apply_experts, experts, tokens, gates, ids, route)
+        run = functools.partial(apply_experts, layout.mesh.platform)
+        routed, plan = exchange(run, experts, tokens, gates, ids, route)
         y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
         if m.n_shared:
             y = y + self.shared(h)
-        stats = RouterStats(
-            load=expert_counts(ids, m.n_experts),
-            balance=sequence_balance(scores, rearrange(ids, "(b t) k -> b t k", b=h.shape[0])),
+        sequences = rearrange(ids, "(b t) k -> b t k", b=h.shape[0])
+        return y, Routed(
+            counts=jax.vmap(expert_counts, in_axes=(0, None))(sequences, m.n_experts),
+            affinity=(scores / scores.sum(-1, keepdims=True)).sum(1),
             rounds=plan.n_rounds,
             sent=jnp.minimum(plan.count, plan.n_rounds * size).sum(),
         )
-        return y, stats
 
     def affinities(self, h: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
         """sigmoid(h . e_i) in float32, whatever the device's default precision of products is."""
@@ -84,18 +104,19 @@ class MoE(nnx.Module):
 
 
 def apply_experts(
+    platform: str,
     params: tuple[Float[Array, "e D F2"], Float[Array, "e F D"]],
     rows: Float[Array, "r D"],
     gates: Float32[Array, " r"],
     sizes: Int[Array, " e"],
 ) -> Float[Array, "r D"]:
-    """gate * FFN_expert(row) for rows grouped by expert, zeros beyond the last group.
+    """gate * FFN_expert(row) for rows grouped by expert; unspecified beyond the last group.
 
     The gate multiplies the hidden layer, which is narrower than the result and, unlike it, at hand
     in the backward.
     """
     gate_up, down = params
     rows = checkpoint_name(rows, "dispatched")
-    hidden = checkpoint_name(grouped_matmul(rows, gate_up, sizes), "expert_hidden")
+    hidden = checkpoint_name(grouped_matmul(rows, gate_up, sizes, platform), "expert_hidden")
     gated = swiglu(hidden) * gates[:, None].astype(rows.dtype)
-    return grouped_matmul(gated, down, sizes)
+    return grouped_matmul(gated, down, sizes, platform)

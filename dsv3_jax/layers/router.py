@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 
 from dsv3_jax.config import MoEConfig
 from dsv3_jax.shapes import Array, Float32, Int
@@ -50,17 +50,19 @@ def expert_counts(ids: Int[Array, "*B K"], n_experts: int) -> Float32[Array, " E
 
 
 def sequence_balance(
-    scores: Float32[Array, "B T E"], ids: Int[Array, "B T K"]
+    counts: Float32[Array, "B E"], affinity: Float32[Array, "B E"], top_k: int
 ) -> Float32[Array, ""]:
     """Sum over this shard's sequences of sum_i f_i P_i.
 
     f_i is expert i's share of the sequence's choices times E (1 when balanced); P_i the mean of its
     affinity, normalised over experts. Only P carries a gradient.
 
+    Args:
+        counts: how often each expert was chosen in a sequence.
+        affinity: sum over a sequence of the normalised affinities.
+
     Source: report sec. 2.1.2, equations 17 to 20.
     """
-    n_experts = scores.shape[-1]
-    counts = jax.vmap(expert_counts, in_axes=(0, None))(ids, n_experts)
-    share = counts * (n_experts / (ids.shape[-1] * ids.shape[-2]))
-    probability = reduce(scores / scores.sum(-1, keepdims=True), "b t e -> b e", "mean")
-    return (share * probability).sum()
+    n_choices = counts.sum(-1, keepdims=True)
+    share = counts * (counts.shape[-1] / n_choices)
+    return (share * affinity * (top_k / n_choices)).sum()

@@ -1,10 +1,12 @@
 """Grouped matmul: rows sorted by expert, each group times its own expert's matrix.
 
-This is the row-block scan, the reference and the CPU path: it walks over blocks of rows that start
-where their group starts, so rows need no padding or alignment, and the work is that of the rows
-that exist (plus, on average, half a block an expert), not of the buffer that holds them.
+On TPUs XLA's kernel for ragged products. Elsewhere the row-block scan, which is the reference: it
+walks over blocks of rows that start where their group starts, so rows need no padding or alignment,
+and the work is that of the rows that exist (plus, on average, half a block an expert), not of the
+buffer that holds them.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -50,17 +52,60 @@ def _block_rows(x: Float[Array, "r D"], blocks: _Blocks, i, block: int):
     return lax.dynamic_slice_in_dim(x, start, block), start, mine[:, None]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-    rows: Float[Array, "r D"], weights: Float[Array, "e D F"], sizes: Int[Array, " e"]
+    rows: Float[Array, "r D"],
+    weights: Float[Array, "e D F"],
+    sizes: Int[Array, " e"],
+    platform: str = "cpu",
 ) -> Float[Array, "r F"]:
-    """Rows of group i times `weights[i]`; rows beyond the last group come out as zeros.
+    """Rows of group i times `weights[i]`; beyond the last group the result is unspecified.
 
     Args:
         rows: sorted by group.
         weights: one matrix a group.
         sizes: rows of each group; their sum is at most r.
+        platform: of the devices; on "tpu" XLA's kernel runs (checked here on the CPU, where XLA
+            expands it, and compiled for v5p and tpu7x).
     """
+    return _forward(rows, weights, sizes, platform)[0]
+
+
+def _forward(rows, weights, sizes, platform):
+    product = _ragged_product if platform == "tpu" else _scanned_product
+    return product(rows, weights, sizes), (rows, weights, sizes)
+
+
+def _backward(platform, saved, grad):
+    """Gradients of rows (dgrad) and, summed in float32, of weights (wgrad)."""
+    rows, weights, sizes = saved
+    gradients = _ragged_gradients if platform == "tpu" else _scanned_gradients
+    d_rows, d_weights = gradients(rows, weights, sizes, grad)
+    return d_rows, d_weights.astype(weights.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _ragged_product(rows, weights, sizes, summed: int = 1):
+    """`summed` is the dim of a weight that the rows' last one meets."""
+    dims = lax.RaggedDotDimensionNumbers(
+        (((1,), (summed,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
+    )
+    return lax.ragged_dot_general(rows, weights, sizes, dims, preferred_element_type=rows.dtype)
+
+
+def _ragged_gradients(rows, weights, sizes, grad):
+    """The kernel sums in float32, whatever it returns."""
+    d_rows = _ragged_product(grad, weights, sizes, summed=2)
+    dims = lax.RaggedDotDimensionNumbers(
+        (((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
+    )
+    kind = weights.dtype
+    return d_rows, lax.ragged_dot_general(rows, grad, sizes, dims, preferred_element_type=kind)
+
+
+def _scanned_product(rows, weights, sizes):
     block = _block_size(rows.shape[0], sizes.size)
     blocks = _blocks(sizes, rows.shape[0], block)
 
@@ -73,19 +118,8 @@ def grouped_matmul(
     return lax.fori_loop(0, blocks.count, body, out)
 
 
-def _write(out, y, start, mine):
-    """Put the rows of `y` that belong to the block where they came from."""
-    old = lax.dynamic_slice_in_dim(out, start, y.shape[0])
-    return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
-
-
-def _forward(rows, weights, sizes):
-    return grouped_matmul(rows, weights, sizes), (rows, weights, sizes)
-
-
-def _backward(saved, grad):
-    """Gradients of rows (dgrad) and, summed in float32, of weights (wgrad), in one walk."""
-    rows, weights, sizes = saved
+def _scanned_gradients(rows, weights, sizes, grad):
+    """Both in one walk."""
     block = _block_size(rows.shape[0], sizes.size)
     blocks = _blocks(sizes, rows.shape[0], block)
 
@@ -101,8 +135,10 @@ def _backward(saved, grad):
         return d_rows, lax.dynamic_update_index_in_dim(d_weights, total, e, 0)
 
     start = jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.float32)
-    d_rows, d_weights = lax.fori_loop(0, blocks.count, body, start)
-    return d_rows, d_weights.astype(weights.dtype), None
+    return lax.fori_loop(0, blocks.count, body, start)
 
 
-grouped_matmul.defvjp(_forward, _backward)
+def _write(out, y, start, mine):
+    """Put the rows of `y` that belong to the block where they came from."""
+    old = lax.dynamic_slice_in_dim(out, start, y.shape[0])
+    return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)

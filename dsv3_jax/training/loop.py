@@ -32,7 +32,7 @@ from dsv3_jax.training.state import (
 )
 from dsv3_jax.training.step import Metrics, make_step
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import BATCH, MeshSpec, make_mesh
+from sharding.mesh import BATCH, MeshSpec, make_mesh, spec_of
 
 # Fields that may differ from those a workdir was begun with: they don't change what is learned.
 FREE = ("train.steps", "train.eval", "train.sample", "checkpoint.", "parallel.", "data.cache_dir")
@@ -66,7 +66,8 @@ class Run:
 
     def __init__(self, config: Config, spec: MeshSpec, workdir: Path):
         self.config, self.workdir = config, workdir
-        self.mesh, self.layout = make_mesh(spec), layout_of(config, spec)
+        self.mesh = make_mesh(spec)
+        self.layout = layout_of(config, spec_of(self.mesh))
         train, extra = config.train, 1 + config.model.mtp_depth
         self.corpus = data.load(
             config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra

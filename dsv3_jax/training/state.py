@@ -32,7 +32,13 @@ class TrainState(NamedTuple):
 def layout_of(config: Config, mesh: MeshSpec) -> Layout:
     """The layout that the config asks for on `mesh`."""
     parallel = config.parallel
-    return Layout(mesh=mesh, zero=parallel.zero, capacity=parallel.capacity, unroll=parallel.unroll)
+    return Layout(
+        mesh=mesh,
+        zero=parallel.zero,
+        capacity=parallel.capacity,
+        unroll=parallel.unroll,
+        pieces=parallel.pieces,
+    )
 
 
 def parts_of(model: DeepSeekV3):

@@ -10,16 +10,23 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from dsv3_jax.chips import compiler_options
 from dsv3_jax.config import Config
 from dsv3_jax.layers.linear import assemble, specs
 from dsv3_jax.layers.moe import RouterStats
 from dsv3_jax.losses import Batch, Losses, training_loss
 from dsv3_jax.model import abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.optimizer import bias_rate, learning_rate, moved_bias, mtp_weight
+from dsv3_jax.optimizer import (
+    bias_rate,
+    learning_rate,
+    make_optimizer,
+    moved_bias,
+    mtp_weight,
+)
 from dsv3_jax.shapes import Array
-from dsv3_jax.training.state import TrainState, parts_of
-from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, region
+from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
+from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
 from sharding.rules import Layout
 
 
@@ -124,4 +131,17 @@ def make_step(
         )
         return TrainState(state.step + 1, params, bias, moments), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    kind = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].device_kind
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(kind) or None)
+
+
+def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The program that training runs on `mesh`, lowered for its devices; nothing is run."""
+    layout = layout_of(config, spec_of(mesh))
+    train, policy = config.train, Policy.of(config.precision)
+    optimizer = make_optimizer(config.optimizer, policy, train.batch * train.seq_len)
+    state = abstract_state(config, optimizer, mesh, layout)
+    shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)
+    place = placement(mesh, BATCH)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=place) for t in (jnp.int32, bool)))
+    return make_step(config, optimizer, mesh, layout).lower(state, batch)

@@ -47,7 +47,7 @@ def layer_by_layer(model: DeepSeekV3, tokens) -> dict:
         dense = i < model.config.n_dense
         stacked, index = (model.dense, i) if dense else (model.moe, i - model.config.n_dense)
         block = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        residual = block.attend(x, positions_of(tokens))
+        residual = x + block.attention(block.attention_norm(x), positions_of(tokens))
         if not dense:
             scores = block.ffn.affinities(block.ffn_norm(residual))
             flat = scores.reshape(-1, scores.shape[-1])
