@@ -5,6 +5,7 @@
     python train.py --set data.source=~/books/*.txt     your text: a file, folder, glob or .jsonl
     python train.py --set optimizer.peak_lr=1e-3        any field of the config
     python train.py --set init_from=~/DeepSeek-V3       begin with the weights in that folder
+    python train.py --compile-only=v5p:4x4x4 ...        what it would be on devices not here
 
 The same command again goes on from the newest checkpoint in --workdir. Ctrl-C saves first.
 """
@@ -49,6 +50,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="join the other hosts first (jax.distributed.initialize from the environment)",
     )
+    parser.add_argument(
+        "--compile-only",
+        metavar="TOPOLOGY",
+        help="train nothing; compile for a topology and report (python -m dsv3_jax.tunnel --help)",
+    )
     return parser.parse_args()
 
 
@@ -64,6 +70,10 @@ def main():
     arguments = parse_arguments()
     try:
         config = make_config(arguments)
+        if arguments.compile_only:
+            from dsv3_jax.tunnel.run import Settings, run
+
+            sys.exit(run(config, arguments.mesh, arguments.compile_only, Settings()))
         if arguments.distributed:
             jax.distributed.initialize()
         mesh = start_devices(arguments.mesh)

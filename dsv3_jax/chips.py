@@ -34,7 +34,7 @@ class Chip:
     nvlink_bandwidth: float = 0.0  # a GPU, one direction
     network_bandwidth: float = 0.0  # a GPU, one direction
     dollars_per_hour: float | None = None  # of a chip
-    compiler_options: tuple[tuple[str, bool | int | str], ...] = ()  # for XLA, see below
+    compiler_options: tuple[tuple[str, bool | int | str], ...] = ()  # for XLA
 
     def __post_init__(self):
         links = ("ici_bandwidth",) if self.torus_axes else ("nvlink_bandwidth", "network_bandwidth")
@@ -43,25 +43,21 @@ class Chip:
                 raise ValueError(f"chip {self.name}: {name}={getattr(self, name)} must be positive")
 
 
-# What XLA needs to be told, or it leaves the exchange of experts and the gathering of weights where
-# compute waits for them: all-to-alls run beside compute, and SparseCores start in time ...
+# Options without which XLA lets compute wait for communication. All-to-alls run beside compute:
 EXCHANGE = (
     ("xla_tpu_enable_async_all_to_all", True),
     ("xla_tpu_force_async_all_to_all", True),
     ("xla_tpu_sparse_core_maximum_preloaded_async_calls", 0),
 )
-# ... SparseCores gather weights and scatter gradients ...
+# SparseCores gather weights and scatter gradients:
 SPARSE_CORE = (
     ("xla_tpu_enable_sparse_core_collective_offload_all_gather", True),
     ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", True),
     ("xla_tpu_use_tc_device_shape_on_sc", True),
     ("xla_sc_disable_megacore_partitioning", True),
     ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", False),
-    # which take twice the time that the scheduler assumes
-    ("xla_tpu_sparse_core_all_gather_latency_multiplier", 2),
-    ("xla_tpu_sparse_core_reduce_scatter_latency_multiplier", 2),
 )
-# ... and ragged products, a dense masked one otherwise, skip what is masked: 4 times as fast.
+# Ragged products are a kernel that skips what is not there, not a dense product with a mask:
 RAGGED_DOT = (("xla_tpu_enable_ragged_dot_kernel", True),)
 
 V5P = Chip(

@@ -186,7 +186,7 @@ MODEL = dict(
             for name in ("compute", "master", "moments")
         ),
         (ParallelConfig, {}, dict(zero=2), "parallel.zero=2 must be 1 or 3"),
-        (ParallelConfig, {}, dict(remat="some"), "parallel.remat='some' must be 'report' or 'full'"),
+        (ParallelConfig, {}, dict(remat="some"), "parallel.remat='some' must be 'report'"),
         (ParallelConfig, {}, dict(capacity=0.5), "parallel.capacity=0.5 must be at least 1"),
         *(
             (

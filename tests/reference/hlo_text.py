@@ -1,0 +1,42 @@
+"""Modules of HLO for tests: from a few lines, or compiled; and a walk through one."""
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.tunnel import hlo, overlap
+
+
+def module_of(entry: str, others: str = "") -> hlo.Module:
+    """A module of 8 partitions with these lines as its entry."""
+    lines = "\n".join(f"  {line.strip()}" for line in entry.strip().splitlines())
+    return hlo.parse(
+        f"HloModule test, is_scheduled=true, num_partitions=8\n\n{others}\n\n"
+        f"ENTRY %main (p: f32[8]) -> f32[8] {{\n{lines}\n}}\n"
+    )
+
+
+def one(entry: str, others: str = "") -> tuple[hlo.Module, hlo.Computation, hlo.Instruction]:
+    """The last instruction of such a module, with what it stands in."""
+    module = module_of(entry, others)
+    computation = module.computations["main"]
+    return module, computation, computation.instructions[-1]
+
+
+def walk(module: hlo.Module, trips=None, **machine) -> overlap.Schedule:
+    """On a machine of 1 FLOP/s, 1 byte/s of HBM and 1 byte/s of link, unless told otherwise."""
+    figures = dict(peak_flops=1.0, hbm_bandwidth=1.0, link_rate=lambda exchange: 1.0) | machine
+    known, _ = hlo.trip_counts(module)
+    return overlap.Walk(module, overlap.Machine(**figures), known | (trips or {})).step()
+
+
+def compiled(fn, *args) -> hlo.Module:
+    return hlo.parse(jax.jit(fn).lower(*args).compile().as_text())
+
+
+def nested(x, w):
+    """5 layers of 3 products of 16 x 24 by 24 x 24, for w of 5."""
+
+    def layer(x, w):
+        return jax.lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y @ w), x), None
+
+    return jax.lax.scan(layer, x, w)[0]

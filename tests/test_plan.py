@@ -1,0 +1,293 @@
+"""The planner: exact counts, memory against the state's real shards, links against walked routes.
+
+Numbers of the reports are written out here; what is exact is compared exactly.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+from unittest import mock
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from configs import load_preset
+from dsv3_jax import chips
+from dsv3_jax.config import Config, override
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.plan import __main__ as plan
+from dsv3_jax.plan.memory import memory
+from dsv3_jax.plan.speed import exchange_bytes, flops_per_token, speed
+from dsv3_jax.training.metrics import BF16_PEAK
+from dsv3_jax.training.state import abstract_state, layout_of
+from dsv3_jax.tunnel.links import Hosts, Torus, links_of, shape_of
+from sharding.mesh import AXES, MeshSpec, parse_mesh
+
+V5P = chips.V5P
+ONE_EACH = ("--config=dsv3_671b", "--set=train.batch=1024")  # a sequence on each of 1,024 devices
+
+
+def preset(name: str, *assignments: str) -> Config:
+    config = load_preset(name)
+    for assignment in assignments:
+        config = override(config, assignment)
+    return config
+
+
+@functools.cache
+def planned(*arguments: str) -> dict:
+    with mock.patch.object(sys, "argv", ["plan", *arguments]):
+        return plan.make_plan(plan.parse_arguments())
+
+
+def test_counts_of_671b():
+    counts = plan.counts(load_preset("dsv3_671b"))
+    assert counts["main_parameters"] == 671_026_419_200
+    assert counts["mtp_parameters"] == 11_610_068_224
+    assert counts["released_parameters"] == 684_489_845_504
+    assert counts["activated_parameters"] == 37_552_297_472
+    assert round(counts["activated_without_embedding"] / 1e9, 1) == 36.6
+    assert round(counts["training_flops_per_token"] / 1e9, 1) == 250.5
+    assert counts["kv_bytes_per_token"] == 70_272  # hardware paper, table 1
+
+
+def test_the_reports_bill():
+    """Report, table 1: thousands of hours and millions of dollars; 3.7 days a trillion tokens."""
+    lines = {line["what"].removeprefix("report: "): line for line in plan.report_bill()}
+    hours = [round(line["chip_hours"] / 1e3) for line in lines.values()]
+    assert hours == [180, 2664, 119, 5, 2788]
+    dollars = [round(line["dollars"] / 1e6, 3) for line in lines.values()]
+    assert dollars == [0.36, 5.328, 0.238, 0.01, 5.576]
+    assert round(lines["a trillion tokens"]["days"], 1) == 3.7
+
+
+def bytes_a_device(tree) -> int:
+    """Sum over all arrays but scalars of the bytes of one shard."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.ndim]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+@pytest.mark.parametrize(
+    "name, mesh, zero",
+    [("tiny", "dp4,ep8", 1), ("tiny", "dp2,ep2x4", 3), ("dsv3_16b", "dp3,ep16", 1)]
+    + [("dsv3_671b", "dp16,ep64", 3), ("dsv3_671b", "dp1024", 1)],
+)
+def test_stored_memory_is_that_of_the_state(name, mesh, zero):
+    config, spec = preset(name, f"parallel.zero={zero}"), parse_mesh(mesh)
+    config = plan.with_batch(config, spec.data)
+    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision), 1)
+    devices = AbstractMesh(tuple(spec.sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4)
+    state = abstract_state(config, optimizer, devices, layout_of(config, spec))
+    parts = memory(config, spec)
+    assert parts["master"] == bytes_a_device(state.params)
+    assert parts["moments"] == bytes_a_device(state.optimizer)
+    assert parts["gradients"] > parts["master"]
+
+
+def test_activation_memory_grows_with_the_batch_and_what_is_kept():
+    mesh, small = parse_mesh("dp16,ep64"), preset("dsv3_671b", "train.batch=1024")
+    large = plan.with_batch(small, 2048)
+    saved = {
+        remat: memory(override(small, f"parallel.remat={remat}"), mesh)["saved"]
+        for remat in ("full", "report", "none")
+    }
+    assert saved["full"] == 4096 * 7168 * 2 * 62  # the residual stream at 61 layers and MTP
+    assert saved["full"] < saved["report"] < saved["none"]
+    one, two = memory(small, mesh), memory(large, mesh)
+    assert two["saved"] == 2 * one["saved"] and two["layer"] == 2 * one["layer"]
+    assert two["master"] == one["master"]
+
+
+def test_flops_that_are_made():
+    """Without MTP: the head's logits a second time, and with full remat the layers' forward."""
+    config = preset("dsv3_671b", "model.mtp_depth=0")
+    table = config.model.vocab_size * config.model.width
+    useful, made = flops_per_token(config.model, 4096, "none")
+    assert made == pytest.approx(useful + 2 * table, rel=1e-12)
+    _, repeated = flops_per_token(config.model, 4096, "full")
+    assert repeated - made == pytest.approx((useful - 6 * table) / 3, rel=1e-12)
+
+
+def test_bytes_of_the_exchange():
+    """8 rows of 7168 bfloat16 a token and all-to-all, a quarter more for room; 59 layers."""
+    config = preset("dsv3_671b", "train.batch=1024", "parallel.remat=report")
+    n_bytes = exchange_bytes(config, parse_mesh("dp16,ep64"))
+    assert n_bytes == 4 * 59 * 4096 * 8 * 1.25 * 7168 * 2
+
+
+def busiest_link(n: int, closes: bool) -> float:
+    """Rows over the busiest link of an axis, each chip sending 1/n to every chip, ties halved."""
+    load = {}
+    for a, b in itertools.product(range(n), repeat=2):
+        ways = {1: (b - a) % n, -1: (a - b) % n} if closes else {1: b - a, -1: a - b}
+        shortest = min(way for way in ways.values() if way >= 0)
+        chosen = [step for step, way in ways.items() if way == shortest]
+        for step in chosen:
+            for hop in range(shortest):
+                link = (a + step * hop) % n, step
+                load[link] = load.get(link, 0) + 1 / n / len(chosen)
+    return max(load.values())
+
+
+@pytest.mark.parametrize("box, n, closes", [((8, 1, 1), 8, True), ((1, 1, 4), 4, False)])
+def test_all_to_all_on_a_torus(box, n, closes):
+    torus = Torus(V5P, (8, 8, 16), box)
+    seconds = torus.group(("node", "rank")).exchange(1e9)
+    assert seconds == pytest.approx(busiest_link(n, closes) * 1e9 / V5P.ici_bandwidth)
+
+
+def test_gathers_on_a_torus():
+    """Rings both ways round on every axis; replicas 4 apart get a quarter of the links."""
+    torus, link = Torus(V5P, (8, 8, 16), (8, 8, 1)), V5P.ici_bandwidth
+    assert torus.group(("dp", "node", "rank")).gather(1e9) == pytest.approx(1e9 / (6 * link))
+    assert torus.group(("node", "rank")).gather(1e9) == pytest.approx(1e9 / (4 * link))
+    assert torus.group(("dp",)).gather(1e9) == pytest.approx(1e9 / (2 * link))
+    apart = Torus(V5P, (8, 8, 16), (8, 8, 4))
+    assert apart.group(("dp",)).gather(1e9) == pytest.approx(4e9 / (2 * link))
+    two = dataclasses.replace(torus, chip=chips.TPU7X)  # devices that share a chip's links
+    assert two.group(("rank",)).gather(1e9) == pytest.approx(2e9 / (4 * chips.TPU7X.ici_bandwidth))
+
+
+def test_collectives_of_gpu_hosts():
+    """What leaves a host goes over the network, the rest over NVLink, both at once."""
+    hosts = Hosts(chips.H800, 8, MeshSpec(dp=4, ranks=16))
+    assert hosts.group(("node", "rank")).exchange(16e9) == pytest.approx(8e9 / 50e9)
+    assert hosts.group(("dp",)).gather(16e9) == pytest.approx(16e9 / 50e9)
+    assert hosts.group(("dp", "node", "rank")).gather(16e9) == pytest.approx(16e9 / 160e9)
+    inside = Hosts(chips.H800, 8, MeshSpec(dp=8, ranks=8))
+    assert inside.group(("node", "rank")).exchange(8e9) == pytest.approx(7e9 / 160e9)
+
+
+def test_every_mesh_lies_on_its_slice():
+    for name, n_devices in (("v5p", 1024), ("v6e", 96), ("tpu7x", 24), ("h100", 48)):
+        chip = chips.chip_named(name)
+        shape = shape_of(chip, n_devices)
+        assert math.prod(shape) * (chip.devices_a_chip if chip.torus_axes else 1) == n_devices
+        for mesh in plan.meshes(n_devices):
+            assert links_of(chip, shape, mesh).group(("rank",)).exchange(1.0) >= 0
+    assert shape_of(V5P, 1024) == (8, 8, 16)
+    with pytest.raises(ValueError, match="groups of 2"):
+        shape_of(chips.TPU7X, 7)
+
+
+def test_meshes_that_fail_say_why():
+    found = planned(*ONE_EACH)
+    failed = {row["mesh"]: row["reason"] for row in found["failed"]}
+    assert set(failed) == {"dp1024", "dp512,ep2", "dp2,ep512", "dp1,ep1024"}
+    assert failed["dp2,ep512"].startswith("model.moe.n_experts=256 cannot be divided over ep=512")
+    assert "of 95.0 GiB; one sequence is too much" in failed["dp1024"]
+    row = next(row for row in found["meshes"] if row["mesh"] == "dp16,ep64")
+    assert row["same_as"] == ["dp16,ep2x32", "dp16,ep4x16", "dp16,ep8x8"]
+    parts = dict(row["memory_bytes"])
+    assert parts.pop("total") == sum(parts.values()) < V5P.hbm_bytes
+    odd = plan.ranking(preset("tiny", "train.batch=30"), V5P, 32, (2, 4, 4))
+    assert not odd["meshes"] and all("train.batch=30" in row["reason"] for row in odd["failed"])
+
+
+def test_the_largest_batch_that_fits():
+    """The preset's batch is too large for one step; the plan says so and takes what fits."""
+    found = planned("--config=dsv3_671b")
+    assert found["asked_batch"] == 15_360 > found["batch"] > 0
+    advice = f"--set train.batch={found['batch']} fits"
+    assert any(row["reason"].endswith(advice) for row in found["failed"])
+    more = plan.with_batch(load_preset("dsv3_671b"), found["batch"] + 1024)
+    assert not plan.ranking(more, V5P, 1024, (8, 8, 16))["meshes"]
+
+
+def test_ranking_and_bandwidth():
+    slow, fast = planned(*ONE_EACH)["meshes"], planned(*ONE_EACH, "--figure=ici_bandwidth=2e11")
+    steps = [row["seconds"]["step"] for row in slow]
+    assert steps == sorted(steps)
+    faster = {row["mesh"]: row["seconds"]["step"] for row in fast["meshes"]}
+    assert set(faster) == {row["mesh"] for row in slow}
+    for row in slow:
+        assert faster[row["mesh"]] < row["seconds"]["step"]
+
+
+def test_speed_adds_up():
+    config, mesh = preset("dsv3_671b", "train.batch=1024"), parse_mesh("dp16,ep64")
+    s = speed(config, mesh, V5P, (8, 8, 16))
+    assert s.compute < s.step < s.compute + s.exchange + s.weights + s.head + s.update
+    assert s.tokens_per_second == pytest.approx(1024 * 4096 / s.step)
+    assert s.mfu == pytest.approx(250.456e9 * s.tokens_per_second / (1024 * 459e12), rel=1e-5)
+
+
+def test_a_given_step_time_is_billed():
+    """10 steps of 36 s on 32 chips at $2 are 3.2 hours and $6.40."""
+    given = ["--step-seconds=36", "--tokens=40960", "--dollars-per-hour=2"]
+    line = planned(*given)["bill"][-1]
+    assert line["chip_hours"] == pytest.approx(3.2)
+    assert line["dollars"] == pytest.approx(6.4)
+    assert line["days"] == pytest.approx(0.1 / 24)
+
+
+def test_the_tunnels_step_is_billed_on_its_own_devices(tmp_path):
+    """10 steps of 36 s on 64 devices of tpu7x, 32 chips at $2."""
+    report = {"mesh": "dp8,ep8", "topology": "tpu7x:4x4x2", "devices": 64, "tokens_per_step": 4096}
+    report |= {"predicted_step_seconds": 36.0, "chip": {"name": "tpu7x"}}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    line = planned(f"--tunnel={path}", "--tokens=40960", "--dollars-per-hour=2")["bill"][-1]
+    assert line["what"].startswith("dp8,ep8 on tpu7x:4x4x2, the tunnel: 40,960 tokens")
+    assert (line["chip_hours"], line["dollars"]) == pytest.approx((3.2, 6.4))
+
+
+def test_default_devices():
+    assert planned()["devices"] == 32
+    assert planned("--config=dsv3_671b")["shape"] == (8, 8, 16)
+
+
+def test_output(monkeypatch, capsys):
+    arguments = ["plan", "--config=dsv3_671b", "--set", "train.batch=1024"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
+    plan.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["counts"]["main_parameters"] == 671_026_419_200
+    assert found["meshes"] and found["failed"] and found["bill"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    plan.main()
+    text = capsys.readouterr().out
+    for words in ("671,026,419,200", "250.5", "70,272", "2,788,000", "5,576,000", "dp16,ep64"):
+        assert words in text
+
+
+def test_chips():
+    names = {"v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+    for name, kind in names.items():
+        assert chips.CHIPS[name].kind == kind
+        assert chips.CHIPS[name].bf16_peak == BF16_PEAK[kind]
+        assert chips.compiler_options(kind)["xla_tpu_enable_async_all_to_all"] is True
+    assert chips.compiler_options("cpu") == chips.compiler_options(chips.H100.kind) == {}
+    assert chips.H100.bf16_peak == BF16_PEAK[chips.H100.kind]
+    assert chips.chip_of("v5p:8x8x16") == (V5P, 1024, (8, 8, 16))
+    assert chips.chip_of("tpu7x:8x8x8") == (chips.TPU7X, 1024, (8, 8, 8))
+    assert chips.chip_of("h100:32x8") == (chips.H100, 256, (32, 8))
+    assert chips.override(V5P, "ici_bandwidth=9e10").ici_bandwidth == 9e10
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topology=v9:2x2"], "unknown chip 'v9'; known: h100, h800, tpu7x, v5p, v6e"),
+        (["--topology=v5p:8x8"], "expected 3 sizes, as in v5p:8x8x16"),
+        (["--topology=h100:8"], "hosts x GPUs"),
+        (["--topology=v6e:4x4", "--devices=16"], "give --topology, or --chip and --devices"),
+        (["--figure=ici_bandwith=9e10"], "did you mean 'ici_bandwidth'"),
+        (["--figure=hbm_bytes=0"], "hbm_bytes=0.0 must be positive"),
+        (["--devices=0"], "0 devices of v5p"),
+        (["--step-seconds=0"], "--step-seconds=0 must be positive"),
+        (["--set", "train.batsh=1"], "did you mean 'batch'"),
+        (["--tunnel=pyproject.toml"], "not a report of python -m dsv3_jax.tunnel --json"),
+        (["--tunnel=gone.json"], "gone.json"),
+    ],
+)
+def test_errors(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    with pytest.raises(SystemExit, match="^error: ") as error:
+        plan.main()
+    assert message in str(error.value)

@@ -1,0 +1,120 @@
+"""The real train step, compiled for real targets: what must be true of the 671B program.
+
+Every commit compiles three of its layers at full width for 16 chips, up to the schedule; the slow
+tests compile all of it for 1,024. They call the command, so that annotations are not checked at
+every instruction.
+"""
+
+import functools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from configs import load_preset
+
+pytest.importorskip("libtpu")
+MODEL = load_preset("dsv3_671b").model
+SMALL = ("model.n_dense=0", "model.n_layers=3", "model.mtp_depth=0", "model.moe.n_experts=16")
+
+
+def tunnel(name: str, mesh: str, topology: str, *arguments: str) -> tuple[dict, str]:
+    """What the command reports, and the text of the scheduled program."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = [f"--config={name}", f"--mesh={mesh}", f"--topology={topology}", *arguments]
+        command = [sys.executable, "-m", "dsv3_jax.tunnel", *given, "--json", f"--dump={folder}"]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        found = json.loads(run.stdout)
+        assert run.returncode == (not found["fits"])
+        return found, Path(found["hlo"]).read_text()
+
+
+@functools.cache
+def layers_on_16() -> tuple[dict, str]:
+    settings = [f"--set={assignment}" for assignment in ("train.batch=16", *SMALL)]
+    return tunnel("dsv3_671b", "dp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
+
+
+def test_all_to_alls_are_asynchronous():
+    found, _ = layers_on_16()
+    row = found["collectives"]["all-to-all"]
+    # 3 layers: dispatch and combine of rows forward, again in the backward, and their gradients
+    assert row["count"] == row["asynchronous"] >= 3 * 6
+    assert found["layers"].keys() == {"forward", "backward"}
+    assert all(layer["all_to_alls_beside_products"] for layer in found["layers"].values())
+
+
+def test_gradients_are_scattered():
+    """All that every device gets the sum of is small: norms, statistics, losses."""
+    found, _ = layers_on_16()
+    assert 0 < found["collectives"]["all-reduce"]["largest_bytes"] < 1e6
+    assert found["collectives"]["reduce-scatter"]["largest_bytes"] > 1e8
+
+
+def test_no_device_holds_a_whole_table():
+    """Neither embedding nor head, nor a gradient of them, nor the logits of all its tokens.
+
+    Sizes that come from the vocabulary are multiples of 101, a factor of 129,280 alone.
+    """
+    _, text = layers_on_16()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[(\d[\d,]*)\]", text)}
+    sizes = [math.prod(dims) for dims in shapes if any(size % 101 == 0 for size in dims)]
+    share = MODEL.vocab_size * MODEL.width // 4
+    assert share // 4 <= max(sizes) <= share
+
+
+def test_the_exchange_is_dropless():
+    """Further rounds are in the program, in both directions, and don't run under balance."""
+    found, _ = layers_on_16()
+    rounds = [row for row in found["assumed_trips"] if "expert_parallel.py" in row["source"]]
+    assert {"transpose(" in row["op_name"] for row in rounds} == {True, False}
+    assert not any(row["trips"] for row in rounds)
+
+
+def test_figures_of_16():
+    found, _ = layers_on_16()
+    assert found["fits"] and not found["unknown_kernels"] and not found["complete"]
+    assert len(found["buffers"]) == 10 and all(row["at_peak"] for row in found["buffers"])
+    assert 0.25 < found["predicted_mfu"] < 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "topology, more, gib, exposed, mfu",
+    [
+        ("v5p:8x8x16", (), 30, 0.45, 0.42),
+        ("tpu7x:8x8x8", ("--stop-at=schedule",), 45, 0.80, 0.13),  # its devices share links
+    ],
+)
+def test_671b_on_1024_devices(topology, more, gib, exposed, mfu):
+    found, _ = tunnel("dsv3_671b", "dp16,ep64", topology, "--set=train.batch=1024", *more)
+    assert found["fits"] and found["peak_bytes"] < gib * 2**30
+    row = found["collectives"]["all-to-all"]
+    assert row["count"] == row["asynchronous"]
+    assert found["collectives"]["all-reduce"]["largest_bytes"] < 1e8
+    assert found["exposed_share"] < exposed and found["predicted_mfu"] > mfu
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_too_large():
+    """24 sequences a chip: XLA says so, and it is a result."""
+    sizes = ("train.batch=96", "model.n_layers=3", "model.n_dense=1", "model.moe.n_experts=32")
+    settings = [f"--set={assignment}" for assignment in sizes]
+    found, _ = tunnel("dsv3_671b", "dp2,ep2", "v5p:2x2x1", *settings)
+    assert not found["fits"] and "RESOURCE_EXHAUSTED" in found["out_of_memory"]
+    assert found["peak_bytes"] > found["limit_bytes"] and len(found["buffers"]) == 10
+    assert any(line.startswith("--set train.batch=48") for line in found["what_helps"])
+
+
+@pytest.mark.slow
+def test_for_gpus():
+    pytest.importorskip("jax_cuda13_plugin")
+    found, _ = tunnel("tiny", "dp2,ep4", "h100:1x8")
+    assert found["fits"] and found["complete"] and found["flops"] > 0
+    row = found["collectives"]["all-to-all"]
+    assert row["count"] == row["asynchronous"] > 0
