@@ -158,8 +158,8 @@ def spec_of(mesh: Mesh | AbstractMesh) -> MeshSpec:
 
 
 def _rings(devices: np.ndarray) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """`MeshSpec.rings` of devices that know their place on a torus; nothing for others."""
-    if not hasattr(devices.flat[0], "coords"):
+    """`MeshSpec.rings` of TPUs, which lie on a torus; nothing for others."""
+    if devices.flat[0].platform != "tpu":
         return ()
     lines = [np.moveaxis(devices, dim, -1).reshape(-1, n)[0] for dim, n in enumerate(devices.shape)]
     return tuple((axis, _torus_sizes(list(line))) for axis, line in zip(AXES, lines, strict=True))

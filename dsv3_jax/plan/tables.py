@@ -1,10 +1,10 @@
 """The plan as tables for the terminal."""
 
-import rich.box
 import rich.console
 import rich.table
 
 from dsv3_jax.chips import GIB
+from dsv3_jax.tunnel.tables import table
 
 COUNTS = {
     "main_parameters": "main parameters",
@@ -45,23 +45,6 @@ def show(plan: dict):
         console.print(table(title, ["mesh", "why"], rows, words=2))
     console.print(bill(plan))
     console.print(ASSUMPTIONS.format(**plan["assumptions"]))
-
-
-def table(title: str, header: list[str], rows: list[list[str]], words: int = 1) -> rich.table.Table:
-    """A table whose first `words` columns are words, the others numbers."""
-    grid = rich.table.Table(
-        title=title,
-        title_justify="left",
-        box=rich.box.SIMPLE,
-        show_header=any(header),
-        padding=0,
-    )
-    for place, name in enumerate(header):
-        fixed = name == "mesh" or place >= words
-        grid.add_column(name, justify="right" if place >= words else "left", no_wrap=fixed)
-    for row in rows:
-        grid.add_row(*row)
-    return grid
 
 
 def counts(plan: dict) -> rich.table.Table:

@@ -5,11 +5,10 @@ their buffer; kernels skip the rest.
 """
 
 import math
-import re
 
 from dsv3_jax.layers.attention import KERNEL_BLOCK
 from dsv3_jax.tunnel.hlo import Instruction, Shape
-from dsv3_jax.tunnel.work import Kernels
+from dsv3_jax.tunnel.work import KERNELS, Kernels
 
 
 def kernels(capacity: float = 1.0) -> Kernels:
@@ -21,7 +20,7 @@ def kernels(capacity: float = 1.0) -> Kernels:
 
     def ragged(call: Instruction, operands: list[Shape], results: list[Shape]) -> float:
         """Rows [r D] by weights [e D F], or transposed [r D] by [r F] to gradients [e D F]."""
-        rows, other = [shape for shape in operands if len(shape.dims) > 1][-2:]
+        rows, _ = [shape for shape in operands if len(shape.dims) > 1][-2:]
         return 2.0 * math.prod(rows.dims) * results[0].dims[-1] / capacity
 
     attention = {
@@ -30,10 +29,9 @@ def kernels(capacity: float = 1.0) -> Kernels:
         "dq_no_residuals": _attention(products=(2, 1)),
         "dkv_no_residuals": _attention(products=(2, 2)),
     }
-    cublas = {f"__cublas${name}": _cublas for name in ("gemm", "lt$matmul", "lt$matmul$f8")}
     table = {f"splash_mha_{name}": kernel for name, kernel in attention.items()}
     free = {"ragged-dot-metadata": lambda *_: 0.0}
-    return {"ragged-dot-none": ragged, **table, **free, **cublas}
+    return {**KERNELS, "ragged-dot-none": ragged, **table, **free}
 
 
 def _attention(products: tuple[int, int]):
@@ -48,9 +46,3 @@ def _attention(products: tuple[int, int]):
         return 2.0 * math.prod(heads) * pairs * (products[0] * key_dim + products[1] * v.dims[-1])
 
     return flops
-
-
-def _cublas(call: Instruction, operands: list[Shape], results: list[Shape]) -> float:
-    summed = re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)[1]
-    shared = math.prod(operands[0].dims[int(dim)] for dim in re.findall(r"\d+", summed))
-    return 2.0 * math.prod(results[0].dims) * shared

@@ -38,10 +38,17 @@ def show(report: dict):
 def table(title: str, header: list[str], rows: list[list[str]], words: int = 1) -> rich.table.Table:
     """A table whose first `words` columns are words, the others numbers."""
     grid = rich.table.Table(
-        title=title, title_justify="left", box=rich.box.SIMPLE, show_header=any(header), padding=0
+        title=title,
+        title_justify="left",
+        box=rich.box.SIMPLE,
+        show_header=any(header),
+        padding=0,
     )
     for place, name in enumerate(header):
-        grid.add_column(name, justify="right" if place >= words else "left", overflow="fold")
+        fixed = name == "mesh" or place >= words
+        grid.add_column(
+            name, justify="right" if place >= words else "left", no_wrap=fixed, overflow="fold"
+        )
     for row in rows:
         grid.add_row(*row)
     return grid
@@ -118,7 +125,7 @@ def collectives(report: dict) -> rich.table.Table:
         + [clock(row["seconds"]), clock(row["exposed_seconds"])]
         for kind, row in report["collectives"].items()
     ]
-    header = ["", "count", "asynchronous", "beside products", "sent", "time", "exposed"]
+    header = ["", "count", "async", "beside products", "sent", "time", "exposed"]
     return table("Communication a step and device", header, rows)
 
 
