@@ -32,9 +32,15 @@ from dsv3_jax.losses import Batch, training_loss
 from sharding.rules import Layout
 
 ROUTERS = ["v3_like", "small", "neg_bias", "nonorm_1group", "wide_logits"]
+LARGE = ("A2_yarn", "A5_proportional", "A6_sharded_bf16")  # longer, and more experts
 
 
-@pytest.mark.parametrize("case", CASES)
+def slowly(case: str, *more):
+    """The parameters of a test that takes over ten seconds on a large case."""
+    return pytest.param(case, *more, marks=[pytest.mark.slow] if case in LARGE else [])
+
+
+@pytest.mark.parametrize("case", [slowly(case) for case in CASES])
 def test_logits(case):
     want, model = golden(case), model_of(case)
     logits = nnx.jit(lambda model, tokens: model(tokens))
@@ -54,8 +60,9 @@ def test_every_layer_and_router(case):
 
 @pytest.mark.parametrize(
     "case, remat",
-    [(case, "report") for case in CASES]
-    + [(case, remat) for case in ("A1_basic", "A3_noqlora_noscale") for remat in ("full", "none")],
+    [slowly(case, "report") for case in CASES]
+    + [("A3_noqlora_noscale", remat) for remat in ("full", "none")]
+    + [pytest.param("A1_basic", r, marks=pytest.mark.slow) for r in ("full", "none")],
 )
 def test_loss_and_gradients(case, remat):
     want, model = golden(case), model_of(case)
