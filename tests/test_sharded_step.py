@@ -197,7 +197,12 @@ def test_equals_one_device_on_more_meshes(mesh, zero):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, zero, remat, pieces",
-    [("dp2,ep4", 3, "full", 4), ("dp2,ep4", 3, "none", 1), ("ep2x4", 1, "none", 2)],
+    [
+        ("dp2,ep4", 3, "full", 2),
+        ("dp2,ep4", 3, "none", 1),
+        ("ep2x4", 1, "none", 1),
+        ("ep2x2", 1, "none", 2),
+    ],
 )
 def test_remat_and_pieces_change_nothing(mesh, zero, remat, pieces):
     """ZeRO-3 with everything computed again equals ZeRO-1 with the report's selection."""
