@@ -49,13 +49,15 @@ EXCHANGE = (
     ("xla_tpu_force_async_all_to_all", True),
     ("xla_tpu_sparse_core_maximum_preloaded_async_calls", 0),
 )
-# SparseCores gather weights and scatter gradients:
+# SparseCores gather weights and scatter gradients, which take twice what the scheduler assumes:
 SPARSE_CORE = (
     ("xla_tpu_enable_sparse_core_collective_offload_all_gather", True),
     ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", True),
     ("xla_tpu_use_tc_device_shape_on_sc", True),
     ("xla_sc_disable_megacore_partitioning", True),
     ("xla_tpu_enable_async_collective_fusion_fuse_all_gather", False),
+    ("xla_tpu_sparse_core_all_gather_latency_multiplier", 2),
+    ("xla_tpu_sparse_core_reduce_scatter_latency_multiplier", 2),
 )
 # Ragged products are a kernel that skips what is not there, not a dense product with a mask:
 RAGGED_DOT = (("xla_tpu_enable_ragged_dot_kernel", True),)

@@ -87,12 +87,11 @@ def test_figures_of_16():
 @pytest.mark.parametrize(
     "topology, more, gib, exposed, mfu",
     [
-        ("v5p:8x8x16", (), 30, 0.45, 0.40),
+        ("v5p:8x8x16", (), 30, 0.45, 0.42),
         ("tpu7x:8x8x8", ("--stop-at=schedule",), 45, 0.85, 0.12),  # its devices share links
     ],
 )
 def test_671b_on_1024_devices(topology, more, gib, exposed, mfu):
-    """XLA does not schedule alike each time: on v5p 0.38 and 0.41 exposed, MFU 0.425 and 0.419."""
     found, _ = tunnel("dsv3_671b", "dp16,ep64", topology, "--set=train.batch=1024", *more)
     assert found["fits"] and found["peak_bytes"] < gib * 2**30
     row = found["collectives"]["all-to-all"]
