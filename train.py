@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 
 from configs import load_preset, preset_names
-from dsv3_jax.config import Config, override
+from dsv3_jax.config import Config
+from dsv3_jax.overrides import override
 from dsv3_jax.training.host import with_huge_pages
 from sharding.mesh import GRAMMAR, start_devices
 

@@ -3,7 +3,8 @@
 import importlib
 from pathlib import Path
 
-from dsv3_jax.config import Config, nearest
+from dsv3_jax.config import Config
+from dsv3_jax.overrides import nearest
 
 
 def preset_names() -> list[str]:

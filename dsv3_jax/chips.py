@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from dsv3_jax import config
+from dsv3_jax import overrides
 
 GIB = 2**30
 
@@ -151,4 +151,4 @@ def chip_of(topology: str) -> tuple[Chip, int, tuple[int, ...]]:
 
 def override(chip: Chip, assignment: str) -> Chip:
     """`chip` with one figure replaced, e.g. "ici_bandwidth=9e10"."""
-    return config.override(chip, assignment)
+    return overrides.override(chip, assignment)

@@ -13,7 +13,8 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig, nearest
+from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from dsv3_jax.overrides import nearest
 
 # Our field -> theirs.
 MODEL = {

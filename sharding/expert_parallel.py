@@ -1,17 +1,18 @@
 """Expert parallelism: rows go to the ranks that hold their experts, and their results come back.
 
 Every device holds t rows and n_experts / ep experts. A row is wanted by the K experts that its
-router chose: t * K pairs. Pairs travel by all-to-all in rounds of fixed capacity until none is
-left, so buffers are bounded and no pair is dropped, whatever the routing:
+router chose. On one node (`ep8`) each of these t * K pairs of row and expert is a copy of its own
+that travels to the expert's rank. On several (`ep2x4`) a row first goes ONCE to every node that
+has experts of it, to the rank of the same number; there it fans out to the node's ranks, its
+results are summed, and one sum comes back (report sec. 3.2.2). With as many groups of experts as
+nodes, or a multiple, node-limited routing bounds the nodes of a row.
 
-    plan = plan_rounds(ids, ...)                       index arithmetic only, once
-    received, ... = dispatch(rows, ..., plan, i)       round i on its way out
-    result = combine(fn(received), plan, i)            and back: the sum over each row's pairs
-
-`exchange` is the sum over all rounds. Near balance that is one
-round, which is differentiated as ordinary code; further rounds run in a loop that stores nothing.
+Both ways rows travel in rounds of bounded size until none is left (`sharding/dispatch.py`): no pair
+is dropped, whatever the routing. Near balance that is one round, which is differentiated as
+ordinary code; further rounds run in a loop that stores nothing and runs again in the backward.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,205 +21,180 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.mesh import EXPERT_AXES, MeshSpec
+from sharding.dispatch import (
+    PLAIN,
+    Hop,
+    Plan,
+    Wire,
+    capacity_of,
+    combine,
+    dispatch,
+    of_copies,
+    places,
+    plan_rounds,
+)
+from sharding.mesh import MeshSpec
 
 
 class Route(NamedTuple):
-    """Static sizes of an exchange."""
+    """Static sizes of an exchange, and how it travels."""
 
     mesh: MeshSpec
     n_experts: int
-    capacity: int  # pairs a round from one rank to another
+    pairs: int  # capacity of a round from rank to rank, in pairs
+    rows: int = 0  # and from node to node, in rows
+    max_nodes: int = 1  # that the experts of a row may lie on
+    ragged: bool = False
+    wire: Wire = PLAIN
 
-    @property
-    def n_local(self) -> int:
-        """Experts that each rank holds."""
-        return self.n_experts // self.mesh.ep
+    def to_nodes(self) -> Hop:
+        """The hop between the ranks of one number in all nodes."""
+        return Hop(("node",), self.mesh.nodes, 1, self.rows, self.ragged, self.wire, loose=True)
 
+    def to_ranks(self) -> Hop:
+        """The hop between the ranks of a node."""
+        n_local = self.n_experts // self.mesh.ranks
+        return Hop(("rank",), self.mesh.ranks, n_local, self.pairs, self.ragged, self.wire)
 
-class Plan(NamedTuple):
-    """Where each pair travels; positions count a device's pairs in the order of their experts."""
-
-    order: jax.Array  # [t*K] position -> pair (row * K + choice)
-    experts: jax.Array  # [t*K] position -> expert, counted from the first of its rank
-    rank: jax.Array  # [t K] pair -> destination
-    offset: jax.Array  # [t K] pair -> place among the pairs of that destination
-    count: jax.Array  # [ep] pairs that go to each rank
-    n_rounds: jax.Array  # [] the same on all ranks of the expert axes
-
-
-def capacity_of(n_pairs: int, ep: int, factor: float) -> int:
-    """Pairs a round from one rank to another: `factor` times the balanced load, in eights."""
-    if ep == 1:
-        return n_pairs
-    return min(n_pairs, -(-int(factor * n_pairs) // (8 * ep)) * 8)
+    def inside(self) -> "Route":
+        """The exchange within a node, of its own experts."""
+        mesh = dataclasses.replace(self.mesh, nodes=1)
+        return self._replace(mesh=mesh, n_experts=self.n_experts // self.mesh.nodes)
 
 
-def plan_rounds(ids: jax.Array, route: Route) -> Plan:
-    """The plan for expert ids [t K], each in [0, n_experts) and distinct within a row."""
-    flat = ids.reshape(-1)  # [t*K]
-    order = jnp.argsort(flat, stable=True)
-    position = _inverse(order)
-    rank = flat // route.n_local
-    count = jnp.zeros(route.mesh.ep, jnp.int32).at[rank].add(1)
-    start = jnp.cumsum(count) - count
-    n_rounds = -(-count.max() // route.capacity)
-    return Plan(
-        order=order,
-        experts=flat[order] % route.n_local,
-        rank=rank.reshape(ids.shape),
-        offset=(position - start[rank]).reshape(ids.shape),
-        count=count,
-        n_rounds=lax.pmax(n_rounds, EXPERT_AXES) if route.mesh.ep > 1 else n_rounds,
-    )
+class Traffic(NamedTuple):
+    """What an exchange did on a device."""
+
+    rounds: jax.Array  # [] times that the experts ran
+    pairs: jax.Array  # [] rows that they were given
 
 
-def dispatch(rows, weights: jax.Array, plan: Plan, route: Route, index) -> tuple:
-    """Round `index` on its way out.
+def route_of(
+    mesh: MeshSpec,
+    n_experts: int,
+    n_rows: int,
+    top_k: int,
+    capacity: float,
+    max_nodes: int,
+    ragged: bool = False,
+    wire: Wire = PLAIN,
+) -> Route:
+    """The route of `n_rows` rows with `top_k` experts each, on at most `max_nodes` nodes.
 
     Args:
-        rows: pytree of [t ...], such as values and their scales: one row a token.
-        weights: [t K], one number a pair.
-
-    Returns:
-        The rows received [r ...], their weights [r] and local experts [r], r = ep * capacity;
-        places that nothing was sent to hold any row and the expert `n_local`. What each rank sent
-        is in the order of its experts.
+        capacity: receive buffer of a round over the balanced load, at least 1.
     """
-    slots, pairs, back = _places(plan, route, index)
-    choices = weights.shape[1]
-    sent = jax.tree.map(lambda x: _spread(x, pairs // choices, back), rows)
-    sent_weights = _spread(weights.reshape(-1), pairs, back.reshape(-1, 1))
-    experts = plan.experts.at[slots].get(mode="fill", fill_value=route.n_local)
-    return jax.tree.map(lambda x: _all_to_all(x, route), (sent, sent_weights, experts))
+    nodes = min(max_nodes, mesh.nodes)
+    pairs = capacity_of(n_rows * top_k, mesh.ranks, capacity)
+    rows = min(n_rows, capacity_of(n_rows * nodes, mesh.nodes, capacity))
+    return Route(mesh, n_experts, pairs, rows, nodes, ragged, wire)
 
 
-def combine(out: jax.Array, plan: Plan, route: Route, index) -> jax.Array:
-    """Round `index` on its way back: results [r D] -> [t D], summed over the pairs of each row."""
-    _, pairs, back = _places(plan, route, index)
-    return _collect(_all_to_all(out, route), pairs // back.shape[1], back)
-
-
-def exchange(fn: Callable, params, rows, weights: jax.Array, ids: jax.Array, route: Route):
+def exchange(
+    fn: Callable, params, rows: jax.Array, weights: jax.Array, ids: jax.Array, route: Route
+) -> tuple[jax.Array, Traffic]:
     """Sum over each row's experts of weight * expert(row), exact for every routing.
 
     Args:
-        fn: (params, rows, weights [r], sizes [n_local]) -> [r D], of rows grouped by local expert,
-            `sizes` of each; what lies beyond the last group is not looked at.
+        fn: (params, rows [r D], weights [r], sizes [n_local]) -> [r D], of rows grouped by local
+            expert, `sizes` of each; what lies beyond the last group is not looked at.
         params: this rank's share of the experts.
-        rows: pytree of [t ...].
+        rows: [t D].
         weights: [t K].
-        ids: [t K] global expert ids.
+        ids: [t K] global expert ids, distinct within a row; one of n_experts or more is none.
 
     Returns:
-        [t D], and the plan, whose counts and rounds are for the metrics.
+        [t D], and what the exchange did.
     """
-    plan = plan_rounds(ids, route)
-
-    def one_round(index, params, rows, weights, plan):
-        *received, experts = dispatch(rows, weights, plan, route, index)
-        received, sizes, ungroup = _grouped(tuple(received), experts, route)
-        return combine(ungroup(fn(params, *received, sizes)), plan, route, index)
-
-    y = one_round(0, params, rows, weights, plan)
-    most = ids.shape[0] * min(ids.shape[1], route.n_local)  # pairs from one rank to another
-    if most > route.capacity:
-        y = y + _further_rounds(one_round, params, rows, weights, plan, y.dtype)
-    return y, plan
+    if route.mesh.nodes == 1:
+        return _over_ranks(fn, params, rows, weights, ids, route)
+    return _over_nodes(fn, params, rows, weights, ids, route)
 
 
-def _inverse(order: jax.Array) -> jax.Array:
-    """The permutation that undoes `order`."""
-    return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+def _over_ranks(fn, params, rows, weights, ids, route: Route):
+    """A copy of a row for each of its experts."""
+    hop = route.to_ranks()
+
+    def one_round(index, params, rows, weights, plan: Plan):
+        at = places(plan, hop, index)
+        received = dispatch(rows, at, hop)
+        plain = hop._replace(wire=PLAIN)
+        gates = dispatch(weights.reshape(-1, 1), of_copies(at, plan, hop, index), plain)
+        out = fn(params, received, gates[:, 0], at.sizes)
+        return combine(out, at, hop), Traffic(jnp.int32(1), at.sizes.sum())
+
+    plan = plan_rounds(ids, hop)
+    most = ids.shape[0] * min(ids.shape[1], hop.n_groups)
+    return _in_rounds(one_round, params, rows, weights, plan, plan.n_rounds, most > hop.capacity)
 
 
-def _grouped(received, experts: jax.Array, route: Route) -> tuple:
-    """What was received in the order of local experts, their sizes, and the way back."""
-    sizes = jnp.zeros(route.n_local, jnp.int32).at[experts].add(1, mode="drop")
-    if route.mesh.ep == 1:  # what one rank sent is in that order
-        return received, sizes, lambda out: out
-    order = jnp.argsort(experts, stable=True)
-    inverse = _inverse(order)
-    grouped = jax.tree.map(lambda x: _spread(x, order, inverse[:, None]), received)
-    return grouped, sizes, lambda out: _spread(out, inverse, order[:, None])
+def _over_nodes(fn, params, rows, weights, ids, route: Route):
+    """A copy of a row for each node, where it goes on to its experts' ranks."""
+    hop, inside = route.to_nodes(), route.inside()
+    nowhere, plain = inside.n_experts, hop._replace(wire=PLAIN)
+
+    def one_round(index, params, rows, weights, plan_ids):
+        plan, ids = plan_ids
+        at = places(plan, hop, index)
+        received = dispatch(rows, at, hop)
+        gates = dispatch(weights, at, plain)
+        there = dispatch(ids, at, plain) - lax.axis_index("node") * nowhere
+        local = jnp.where(
+            at.filled(hop)[:, None] & (there >= 0) & (there < nowhere), there, nowhere
+        )
+        y, traffic = _over_ranks(fn, params, received, gates, local, inside)
+        return combine(y, at, hop), traffic
+
+    nodes = jnp.arange(hop.size)[None, None, :]
+    wanted = (ids[:, :, None] // nowhere == nodes).any(1)  # [t nodes]
+    keys = jnp.sort(jnp.where(wanted, nodes[0], hop.size), axis=1)[:, : route.max_nodes]
+    plan = plan_rounds(keys, hop)
+    n_rounds = lax.pmax(plan.n_rounds, "rank")  # inside, all ranks of a node work together
+    more = rows.shape[0] > hop.capacity
+    return _in_rounds(one_round, params, rows, weights, (plan, ids), n_rounds, more)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
-def _further_rounds(one_round, params, rows, weights, plan, dtype):
+def _in_rounds(one_round: Callable, params, rows, weights, plan, n_rounds, more: bool):
+    """Sum of `one_round(i, params, rows, weights, plan)` over all rounds.
+
+    Args:
+        more: whether any routing needs more than one.
+    """
+    y, traffic = one_round(0, params, rows, weights, plan)
+    if not more:
+        return y, traffic
+    rest = _further_rounds(one_round, params, rows, weights, (plan, n_rounds))
+    return jax.tree.map(jnp.add, (y, traffic), rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _further_rounds(one_round, params, rows, weights, plan):
     """Sum of `one_round(i, ...)` for 1 <= i < n_rounds; the backward runs each round again."""
-    shape = jax.eval_shape(one_round, 1, params, rows, weights, plan).shape
+    plan, n_rounds = plan
+    shapes = jax.eval_shape(one_round, 1, params, rows, weights, plan)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def body(i, total):
-        return total + one_round(i, params, rows, weights, plan)
+        return jax.tree.map(jnp.add, total, one_round(i, params, rows, weights, plan))
 
-    return lax.fori_loop(1, plan.n_rounds, body, jnp.zeros(shape, dtype))
-
-
-def _further_rounds_forward(one_round, params, rows, weights, plan, dtype):
-    saved = (params, rows, weights, plan)
-    return _further_rounds(one_round, *saved, dtype), saved
+    return lax.fori_loop(1, n_rounds, body, zeros)
 
 
-def _further_rounds_backward(one_round, dtype, saved, grad):
-    *inputs, plan = saved
+def _further_rounds_forward(one_round, *saved):
+    return _further_rounds(one_round, *saved), saved
+
+
+def _further_rounds_backward(one_round, saved, grads):
+    *inputs, (plan, n_rounds) = saved
 
     def body(i, totals):
-        _, pull = jax.vjp(lambda *inputs: one_round(i, *inputs, plan), *inputs)
-        return jax.tree.map(lambda total, d: total + d.astype(total.dtype), totals, pull(grad))
+        _, pull = jax.vjp(lambda *inputs: one_round(i, *inputs, plan)[0], *inputs)
+        add = lambda total, d: total + d.astype(total.dtype)  # noqa: E731
+        return jax.tree.map(add, totals, pull(grads[0]))
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(inputs))
-    totals = lax.fori_loop(1, plan.n_rounds, body, zeros)
+    totals = lax.fori_loop(1, n_rounds, body, zeros)
     return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, tuple(inputs)), None
 
 
 _further_rounds.defvjp(_further_rounds_forward, _further_rounds_backward)
-
-
-def _places(plan: Plan, route: Route, index) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What round `index` carries, in both directions; one past the end where there is nothing.
-
-    Returns:
-        Position in each slot of the send buffer [ep * capacity], pair in each slot, and the slot
-        of each pair [t K].
-    """
-    first = index * route.capacity
-    column = first + jnp.arange(route.capacity)[None, :]
-    start = (jnp.cumsum(plan.count) - plan.count)[:, None]
-    slots = jnp.where(column < plan.count[:, None], start + column, plan.order.size).reshape(-1)
-    pairs = plan.order.at[slots].get(mode="fill", fill_value=plan.order.size)
-    inside = (plan.offset >= first) & (plan.offset < first + route.capacity)
-    back = jnp.where(inside, plan.rank * route.capacity + plan.offset - first, slots.size)
-    return slots, pairs, back
-
-
-def _all_to_all(x: jax.Array, route: Route) -> jax.Array:
-    """Chunk d of the leading dimension goes to rank d; chunk s of the result came from rank s."""
-    if route.mesh.ep == 1:
-        return x
-    return lax.all_to_all(x, EXPERT_AXES, split_axis=0, concat_axis=0, tiled=True)
-
-
-@jax.custom_vjp
-def _spread(x: jax.Array, source: jax.Array, back: jax.Array) -> jax.Array:
-    """x [t ...] -> [s ...], out[i] = x[source[i]]; `back` [t K] lists where each row went.
-
-    Knowing both directions, this and `_collect` are each other's transpose without a scatter. A
-    place without a source holds any row: nobody looks there, and clearing it would cost a pass.
-    """
-    return x.at[source].get(mode="clip")
-
-
-@jax.custom_vjp
-def _collect(x: jax.Array, source: jax.Array, back: jax.Array) -> jax.Array:
-    """x [s ...] -> [t ...], out[t] = sum over k of x[back[t, k]], zero past the end."""
-    return x.at[back].get(mode="fill", fill_value=0).sum(1)
-
-
-_spread.defvjp(
-    lambda x, source, back: (_spread(x, source, back), (source, back)),
-    lambda saved, grad: (_collect(grad, *saved), None, None),
-)
-_collect.defvjp(
-    lambda x, source, back: (_collect(x, source, back), (source, back)),
-    lambda saved, grad: (_spread(grad, *saved), None, None),
-)

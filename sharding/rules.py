@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from sharding.dispatch import PLAIN, Wire
 from sharding.hops import gather, scatter_sum
 from sharding.mesh import DATA_AXES, EXPERT_AXES, MeshSpec
 
@@ -23,9 +24,10 @@ KEPT = ("expert", "vocab_shard", "embed_shard")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """All that layers need to know about where they run: mesh, ZeRO level, room for expert rows.
+    """All that layers need to know about where they run: mesh, ZeRO level, the way to experts.
 
     `capacity` is the receive buffer of one round of the expert exchange over a balanced load;
+    `ragged` and `wire` are how and in which format rows travel there (`sharding/dispatch.py`);
     `unroll` how many layers one turn of the loop over layers runs; `pieces` into how many the
     sequence is cut in layers with experts.
     """
@@ -33,6 +35,8 @@ class Layout:
     mesh: MeshSpec = MeshSpec()
     zero: int = 1
     capacity: float = 1.25
+    ragged: bool = False
+    wire: Wire = PLAIN
     unroll: int = 1
     pieces: int = 1
 

@@ -20,11 +20,8 @@ from dsv3_jax.config import (
     TrainConfig,
     YarnConfig,
     check_mesh,
-    differences,
-    nearest,
-    override,
-    to_dict,
 )
+from dsv3_jax.overrides import differences, nearest, override, to_dict
 from sharding.mesh import parse_mesh
 
 

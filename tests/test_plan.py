@@ -17,9 +17,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import load_preset
 from dsv3_jax import chips
-from dsv3_jax.config import Config, override
+from dsv3_jax.config import Config
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.overrides import override
 from dsv3_jax.plan import __main__ as plan
 from dsv3_jax.plan.memory import memory
 from dsv3_jax.plan.speed import exchange_bytes, flops_per_token, speed

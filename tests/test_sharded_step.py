@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference.compilations import compilations
+from reference.exchange import n_rounds
 from reference.step import moved_bias as reference_moved_bias
 
 from dsv3_jax.config import (
@@ -40,7 +41,7 @@ from dsv3_jax.training.state import (
     parts_of,
 )
 from dsv3_jax.training.step import loss_and_gradients, make_step, summarize, update_bias
-from sharding.expert_parallel import capacity_of
+from sharding.expert_parallel import route_of
 from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
 
 BATCH_SIZE, LENGTH, VOCAB, N_EXPERTS, TOP_K, N_MOE = 8, 16, 64, 8, 2, 3  # MoE layers with MTP's
@@ -153,9 +154,11 @@ def assert_same(got, want):
 def rounds_of(experts, mesh: str, pieces: int) -> int:
     """Rounds when every token goes to these experts."""
     spec = parse_mesh(mesh)
-    pairs = N_PAIRS // spec.data // pieces
-    busiest = np.bincount(np.array(experts) * spec.ep // N_EXPERTS).max() * pairs // TOP_K
-    return -(-busiest // capacity_of(pairs, spec.ep, ParallelConfig().capacity))
+    n_tokens = BATCH_SIZE * LENGTH // spec.data // pieces
+    route = route_of(spec, N_EXPERTS, n_tokens, TOP_K, ParallelConfig().capacity, 2)
+    ids = np.tile(experts, (n_tokens * spec.data, 1))
+    sizes = (spec.dp, spec.nodes, spec.ranks, N_EXPERTS, route.pairs, route.rows)
+    return n_rounds(ids, *sizes).max()
 
 
 def check(mesh, zero, remat="report", pieces=1):

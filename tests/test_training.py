@@ -14,10 +14,10 @@ import pytest
 from jax.sharding import NamedSharding
 
 from configs import load_preset
-from dsv3_jax.config import override
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.overrides import override
 from dsv3_jax.training.loop import check_workdir
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
 from dsv3_jax.training.step import make_step

@@ -11,7 +11,7 @@ from reference.compilers import GIB
 
 import train
 from configs import load_preset
-from dsv3_jax.config import override
+from dsv3_jax.overrides import override
 from dsv3_jax.tunnel import __main__ as command
 from dsv3_jax.tunnel import compile as compiling
 from dsv3_jax.tunnel.run import Settings, examine, parse_option

@@ -19,10 +19,11 @@ from reference.tensor_files import assert_same
 from configs import load_preset
 from dsv3_jax import load_pretrained, save_pretrained
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.config import Config, to_dict
+from dsv3_jax.config import Config
 from dsv3_jax.hf_weights import flatten
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.overrides import to_dict
 from dsv3_jax.training.state import abstract_state, layout_of, state_from
 from dsv3_jax.weights.__main__ import main
 from dsv3_jax.weights.convert import export_weights, import_weights, verify

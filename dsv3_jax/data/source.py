@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dsv3_jax.config import nearest
+from dsv3_jax.overrides import nearest
 
 # Folders of the standard library that are tests, other people's packages or code-page tables.
 NOT_INSTANT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}

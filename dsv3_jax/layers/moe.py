@@ -19,7 +19,7 @@ from dsv3_jax.layers.linear import weight
 from dsv3_jax.layers.router import choose_experts, expert_counts, sequence_balance
 from dsv3_jax.numerics.grouped_matmul import grouped_matmul
 from dsv3_jax.shapes import Array, Float, Float32, Int
-from sharding.expert_parallel import Route, capacity_of, exchange
+from sharding.expert_parallel import Route, exchange, route_of
 from sharding.rules import Layout
 
 
@@ -33,7 +33,7 @@ class RouterStats(NamedTuple):
     load: Array  # [E] pairs that chose each expert
     balance: Array  # [] sum over sequences of the balance loss
     rounds: Array  # [] rounds of the exchange
-    sent: Array  # [] pairs that travelled in them
+    sent: Array  # [] pairs that reached an expert here
 
 
 class Routed(NamedTuple):
@@ -76,11 +76,10 @@ class MoE(nnx.Module):
         flat = rearrange(scores, "b t e -> (b t) e")
         gates, ids = choose_experts(flat, self.bias[...], m)
         gates, ids = checkpoint_name(gates, "gates"), checkpoint_name(ids, "expert_ids")
-        size = capacity_of(ids.size, layout.mesh.ep, layout.capacity)
-        route = Route(layout.mesh, m.n_experts, size)
+        route = self.route(layout, tokens.shape[0])
         experts = (self.gate_up[...].astype(h.dtype), self.down[...].astype(h.dtype))
         run = functools.partial(apply_experts, layout.mesh.platform)
-        routed, plan = exchange(run, experts, tokens, gates, ids, route)
+        routed, traffic = exchange(run, experts, tokens, gates, ids, route)
         y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
         if m.n_shared:
             y = y + self.shared(h)
@@ -88,9 +87,16 @@ class MoE(nnx.Module):
         return y, Routed(
             counts=jax.vmap(expert_counts, in_axes=(0, None))(sequences, m.n_experts),
             affinity=(scores / scores.sum(-1, keepdims=True)).sum(1),
-            rounds=plan.n_rounds,
-            sent=jnp.minimum(plan.count, plan.n_rounds * size).sum(),
+            rounds=traffic.rounds,
+            sent=traffic.pairs,
         )
+
+    def route(self, layout: Layout, n_tokens: int) -> Route:
+        """How tokens reach their experts; with groups laid over nodes, at most on M nodes."""
+        m, mesh = self.config, layout.mesh
+        max_nodes = mesh.nodes if m.n_groups % mesh.nodes else m.n_groups_kept
+        sizes = (m.n_experts, n_tokens, m.top_k, layout.capacity, max_nodes)
+        return route_of(mesh, *sizes, layout.ragged, layout.wire)
 
     def affinities(self, h: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
         """sigmoid(h . e_i) in float32, whatever the device's default precision of products is."""

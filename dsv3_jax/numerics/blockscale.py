@@ -11,6 +11,7 @@ from einops import rearrange
 from jax import lax
 
 from dsv3_jax.shapes import Array, Float, Float32
+from sharding.dispatch import Wire
 
 E4M3_MAX = 448.0
 TILE = (1, 128)  # activations: one scale per token and 128 channels
@@ -27,14 +28,17 @@ class Scaled(NamedTuple):
 
 
 def quantize(
-    x: Float[Array, "*B R D"], block: tuple[int, int], power_of_two: bool = False
+    x: Float[Array, "*B R D"],
+    block: tuple[int, int],
+    power_of_two: bool = False,
+    floor: float = AMAX_FLOOR,
 ) -> Scaled:
-    """The nearest E4M3 codes under scale max(amax, 1e-4) / 448, or the next power of two above it.
+    """The nearest E4M3 codes under scale max(amax, floor) / 448, or the power of two from there up.
 
     An element is off by at most 1/17 of itself (half a step of 1/8), or 2^-10 of the scale if that
     is more; the largest error of a block is 1/28 of its amax (1/17 under a power of two).
     """
-    amax = jnp.maximum(_amax(x, block), AMAX_FLOOR)
+    amax = jnp.maximum(_amax(x, block), floor)
     scale = _power_of_two_scale(amax) if power_of_two else _exact_scale(amax)
     return Scaled(_codes(x, scale, block), scale)
 
@@ -43,6 +47,32 @@ def dequantize(scaled: Scaled, block: tuple[int, int], dtype=jnp.float32) -> Flo
     """Values times scales in float32, rounded once to `dtype`."""
     wide = scaled.values.astype(jnp.float32) * _spread(scaled.scale, block, scaled.values.shape)
     return wide.astype(dtype)
+
+
+class Tiles(NamedTuple):
+    """Rows whose tiles share a power of two, for the way between ranks."""
+
+    values: Array  # [t D] float8_e4m3fn
+    exponent: Array  # [t ceil(D/128)] uint8, biased by 127
+
+
+def _encode(rows: Float[Array, "t D"]) -> Tiles:
+    """Gradients travel, too, and are often smaller than the floor for activations."""
+    values, scale = quantize(rows, TILE, power_of_two=True, floor=AMAX_TINY)
+    bits = lax.bitcast_convert_type(scale, jnp.uint32)
+    return Tiles(values, (bits >> 23).astype(jnp.uint8))
+
+
+def _decode(tiles: Tiles, dtype) -> Float[Array, "t D"]:
+    """Exact in bfloat16, too: a code has 4 bits and keeps them."""
+    bits = tiles.exponent.astype(jnp.uint32) << 23
+    scale = lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+    return tiles.values.astype(dtype) * _spread(scale, TILE, tiles.values.shape)
+
+
+# Rows between ranks (report sec. 3.3.3). Powers of two, so that what was decoded encodes to the
+# same numbers again: a row may take two hops.
+FP8_WIRE = Wire(_encode, _decode)
 
 
 def requantize(

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax import config as settings
+from dsv3_jax import overrides
 from dsv3_jax.chips import CHIPS, GIB, H800, Chip, chip_named, chip_of, override
 from dsv3_jax.config import Config, check_mesh
 from dsv3_jax.costs import activated_parameters, training_flops_per_token
@@ -246,7 +246,7 @@ def make_plan(arguments: argparse.Namespace) -> dict:
     config = load_preset(arguments.config)
     tokens = arguments.tokens or config.train.steps * config.train.batch * config.train.seq_len
     for assignment in arguments.set:
-        config = settings.override(config, assignment)
+        config = overrides.override(config, assignment)
     asked, length = config.train.batch, config.train.seq_len
     chip, n_devices, shape = slice_of(arguments, asked)
     batch, found = ranking_that_fits(config, chip, n_devices, shape)

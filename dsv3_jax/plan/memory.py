@@ -19,7 +19,7 @@ from dsv3_jax.losses import PIECE
 from dsv3_jax.model import abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.training.state import layout_of, parts_of
-from sharding.expert_parallel import capacity_of
+from sharding.dispatch import capacity_of
 from sharding.mesh import DATA_AXES, MeshSpec
 from sharding.rules import Layout
 from sharding.vocabulary import n_pieces

@@ -15,11 +15,12 @@ from jax.sharding import NamedSharding
 
 from dsv3_jax import data
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.config import Config, check_mesh, differences, to_dict
+from dsv3_jax.config import Config, check_mesh
 from dsv3_jax.costs import training_flops_per_token
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.overrides import differences, to_dict
 from dsv3_jax.training import metrics, plots
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.history import LoadHistory

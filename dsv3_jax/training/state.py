@@ -36,6 +36,8 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
         mesh=mesh,
         zero=parallel.zero,
         capacity=parallel.capacity,
+        ragged=parallel.transport == "ragged",
+        wire=Policy.of(config.precision).wire,
         unroll=parallel.unroll,
         pieces=parallel.pieces,
     )

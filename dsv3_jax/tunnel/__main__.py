@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax.config import override
+from dsv3_jax.overrides import override
 from dsv3_jax.tunnel.run import Settings, run
 from sharding.mesh import GRAMMAR
 

@@ -32,12 +32,14 @@ class Machine:
     """What a device can do, in FLOP/s and bytes a second.
 
     `link_rate` gives the rate at which a device sends its payload of an exchange, which may
-    depend on kind and members; `efficiency` is the share of the peak that large products reach.
+    depend on kind and members; `ragged_fill` is the share of their buffers that ragged exchanges
+    send, and `efficiency` that of the peak which large products reach.
     """
 
     peak_flops: float
     hbm_bandwidth: float
     link_rate: Callable[[Collective], float]
+    ragged_fill: float = 1.0
     efficiency: float = 1.0
     fp8_peak_flops: float | None = None  # the other peak, unless given
 
@@ -226,6 +228,8 @@ class _Clock:
             self.copies_free = max(self.now, self.copies_free) + seconds
             self.finish[instruction.name] = self.copies_free
             return
+        if found.kind == "ragged-all-to-all":
+            found = found._replace(payload=found.payload * self.walk.machine.ragged_fill)
         seconds = found.payload / self.walk.machine.link_rate(found) if found.payload else 0.0
         begin = max(self.now, self.link_free)
         self.link_free = begin + seconds

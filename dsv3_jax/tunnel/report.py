@@ -8,6 +8,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.costs import training_flops_per_token
 from dsv3_jax.numerics.grouped_matmul import BLOCK
 from dsv3_jax.tunnel import hlo, memory, work
+from dsv3_jax.tunnel.collectives import mesh_axes
 from dsv3_jax.tunnel.compile import Compilation, Target
 from dsv3_jax.tunnel.kernels import kernels
 from dsv3_jax.tunnel.links import rates
@@ -33,6 +34,7 @@ def walk_of(config: Config, target: Target, folder: Path, compilation: Compilati
         fp8_peak_flops=chip.fp8_peak,
         hbm_bandwidth=chip.hbm_bandwidth,
         link_rate=rates(chip, target.shape, compilation.places),
+        ragged_fill=1.0 / config.parallel.capacity,
     )
     trips = known | {loop.name: assumed_trips(loop, config, target.mesh) for loop in unknown}
     return Walk(module, machine, trips, kernels(config.parallel.capacity))
@@ -85,7 +87,10 @@ def report(
         "predicted_step_seconds": seconds,
         "predicted_mfu": useful / n_devices / target.chip.bf16_peak / seconds,
         "tokens_per_second_per_chip": tokens / seconds / n_devices * target.chip.devices_a_chip,
-        "layers": {way: layer(walk.computation(body)) for way, body in walk.layer_bodies().items()},
+        "layers": {
+            way: layer(walk.computation(body), tokens / target.mesh.data, target.mesh)
+            for way, body in walk.layer_bodies().items()
+        },
         "assumed_trips": [loop._asdict() | {"trips": walk.trips[loop.name]} for loop in unknown],
         "unknown_kernels": work.unknown_kernels(module, walk.kernels),
         "compile_seconds": compilation.seconds,
@@ -145,7 +150,7 @@ def overlap_of(schedule: Schedule) -> dict[str, float]:
     }
 
 
-def layer(schedule: Schedule) -> dict:
+def layer(schedule: Schedule, n_tokens: float, mesh: MeshSpec) -> dict:
     """The figures of one trip through the loop over layers, and how its all-to-alls fare."""
     rows = [row for kind, row in schedule.by_kind().items() if kind in ALL_TO_ALLS]
     count, beside = (sum(row[name] for row in rows) for name in ("count", "beside_products"))
@@ -156,4 +161,20 @@ def layer(schedule: Schedule) -> dict:
         "collectives": schedule.by_kind(),
         "all_to_alls": count,
         "all_to_alls_beside_products": beside,
+        "exchanged_bytes_per_token": exchanged(schedule, n_tokens, mesh),
     }
+
+
+def exchanged(schedule: Schedule, n_tokens: float, mesh: MeshSpec) -> dict[str, float]:
+    """Bytes that all-to-alls move along mesh axes for a token, what stays on its device included.
+
+    So they compare with figures on paper, which count copies of a token: "node" is between nodes.
+    """
+    found: dict[str, float] = {}
+    for exchange in schedule.exchanges:
+        kind, _, payload, members = exchange.collective
+        if kind in ALL_TO_ALLS and len(members) > 1:
+            axes = ",".join(mesh_axes(members, mesh.sizes))
+            moved = exchange.times * payload / (1 - 1 / len(members)) / n_tokens
+            found[axes] = found.get(axes, 0.0) + moved
+    return found

@@ -17,10 +17,11 @@ import safetensors.numpy
 from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.config import check_model_mesh, to_dict
+from dsv3_jax.config import check_model_mesh
 from dsv3_jax.hf_weights import SCALE, copies_in_mtp, to_official
 from dsv3_jax.numerics.blockscale import BLOCK, Scaled, dequantize
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.overrides import to_dict
 from dsv3_jax.weights.files import Folder
 from dsv3_jax.weights.load import read_scale
 from dsv3_jax.weights.pretrained import mesh_of, progress

@@ -20,13 +20,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.config import Config, ModelConfig, from_dict
+from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.hf_config import read_config
 from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, flatten, official_shapes, our_shapes
 from dsv3_jax.layers.linear import specs
 from dsv3_jax.model import DeepSeekV3, abstract_model
 from dsv3_jax.numerics.blockscale import BLOCK
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.overrides import from_dict
 from dsv3_jax.weights.files import Folder
 from dsv3_jax.weights.load import bytes_to_read, load_arrays
 from sharding.mesh import placement
