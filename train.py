@@ -81,7 +81,7 @@ def main():
         from dsv3_jax.training.loop import train
 
         train(config, mesh, arguments.workdir or Path("runs") / config.name)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+    except (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(f"error: {message}")
 

@@ -10,6 +10,7 @@ from dsv3_jax.config import (
     ModelConfig,
     MoEConfig,
     ParallelConfig,
+    PrecisionConfig,
     TrainConfig,
 )
 
@@ -32,5 +33,6 @@ def get_config() -> Config:
         ),
         train=TrainConfig(batch=15_360, seq_len=4096, steps=235_240),
         data=DataConfig(tokenizer="deepseek"),
+        precision=PrecisionConfig(dispatch="fp8"),
         parallel=ParallelConfig(zero=3, remat="full", pieces=2),
     )

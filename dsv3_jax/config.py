@@ -71,11 +71,14 @@ class MoEConfig:
     n_groups_kept: int = 1
     scale: float = 2.5
     normalize: bool = True
+    n_redundant: int = 0  # slots for replicas of busy experts, shared out over the ranks
 
     def __post_init__(self):
         _check_positive(self, "moe", "n_experts", "hidden", "top_k", "n_groups", "n_groups_kept")
         if self.n_shared < 0:
             raise ValueError(f"moe.n_shared={self.n_shared} must not be negative")
+        if self.n_redundant < 0:
+            raise ValueError(f"moe.n_redundant={self.n_redundant} must not be negative")
         _check_multiple("moe.n_experts", self.n_experts, "moe.n_groups", self.n_groups)
         if self.n_groups_kept > self.n_groups:
             raise ValueError(
@@ -119,6 +122,11 @@ class ModelConfig:
             )
         if self.mtp_depth < 0:
             raise ValueError(f"model.mtp_depth={self.mtp_depth} must not be negative")
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Layers with experts, those of MTP included."""
+        return self.n_layers - self.n_dense + self.mtp_depth
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,6 +215,7 @@ class ParallelConfig:
     XLA has for TPU and GPU only. `unroll` layers run in one turn
     of the loop over layers: less copying for more compile time. `pieces` cuts the sequence in
     layers with experts, so that the exchange of one piece runs beside the products of another.
+    Redundant experts are placed anew every `place_every` steps, by the load since.
     """
 
     zero: int = 1
@@ -215,9 +224,10 @@ class ParallelConfig:
     transport: str = "padded"
     unroll: int = 1
     pieces: int = 1
+    place_every: int = 100
 
     def __post_init__(self):
-        _check_positive(self, "parallel", "unroll", "pieces")
+        _check_positive(self, "parallel", "unroll", "pieces", "place_every")
         _check_choice("parallel.transport", self.transport, ("padded", "ragged"))
         _check_choice("parallel.zero", self.zero, (1, 3))
         _check_choice("parallel.remat", self.remat, ("report", "full", "none"))
@@ -294,6 +304,8 @@ def check_model_mesh(model: ModelConfig, mesh: MeshSpec):
     sizes = {"model.vocab_size": model.vocab_size, "model.width": model.width}
     if model.moe:
         sizes = {"model.moe.n_experts": model.moe.n_experts} | sizes
+        if extra := model.moe.n_redundant:
+            _check_divides(f"model.moe.n_redundant={extra}", extra, "ep", mesh.ep, mesh)
         groups = model.moe.n_groups
         if mesh.nodes > 1:
             _check_divides(f"model.moe.n_groups={groups}", groups, "nodes", mesh.nodes, mesh)

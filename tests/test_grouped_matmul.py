@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.numerics.grouped_matmul import _block_size, grouped_matmul
+from dsv3_jax.numerics.grouped_matmul import _block_sizes, grouped_matmul
 
 WIDTH, HIDDEN = 6, 5
 CASES = {
@@ -30,19 +30,7 @@ CASES = {
     "7 rows, some left over": (7, [0, 4, 0, 1]),
     "more groups than rows": (11, [0, 1, 0, 0, 3, 0, 0, 1, 0, 0, 2, 0, 0, 0, 4, 0]),
     "more than all groups balanced": (1300, [2, 1290, 3, 1]),
-}
-BLOCKS = {
-    "balanced": 256,
-    "rows left over": 256,
-    "more than all groups balanced": 256,
-    "parts of blocks of 64": 64,
-    "whole blocks of 8": 8,
-    "parts of blocks of 8": 8,
-    "few rows": 8,
-    "more groups than rows": 8,
-    "7 rows, some left over": 7,
-    "fewer rows than 8": 5,
-    "one row": 1,
+    "blocks of every size": (2100, [512 + 256 + 128 + 64, 1, 1023, 65]),
 }
 
 
@@ -83,7 +71,7 @@ def assert_close(got, want, tolerance):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_a_loop(case, platform):
-    """The row-block scan, and the ragged product of TPUs, which XLA expands on the CPU."""
+    """The walk, and the ragged product of TPUs, which XLA expands on the CPU."""
     n_rows, sizes = CASES[case]
     arrays = inputs(n_rows, len(sizes))
     want = reference(*arrays, sizes)
@@ -95,16 +83,21 @@ def test_matches_a_loop(case, platform):
     assert_close(d_weights, want[2], 1e-5)
 
 
-@pytest.mark.parametrize("case, block", BLOCKS.items())
-def test_blocks_are_of_a_balanced_group(case, block):
-    """As a power of two from 8 to 256, and never more than there are rows."""
-    n_rows, sizes = CASES[case]
-    assert _block_size(n_rows, len(sizes)) == block
-
-
-def test_block_sizes():
-    sizes = [_block_size(n_rows, 4) for n_rows in (3, 8, 32, 33, 36, 64, 68, 900, 1024, 1028, 9999)]
-    assert sizes == [3, 8, 8, 8, 16, 16, 32, 256, 256, 256, 256]
+@pytest.mark.parametrize(
+    "n_rows, sizes",
+    [
+        (1, [1]),
+        (7, [7]),
+        (8, [8]),
+        (36, [32, 16]),
+        (200, [128, 64]),
+        (700, [512, 256, 128, 64]),
+        (9999, [512, 256, 128, 64]),
+    ],
+)
+def test_blocks_halve_from_512_to_a_balanced_group(n_rows, sizes):
+    """To 64 at most, to 8 at least; never more than there are rows."""
+    assert _block_sizes(n_rows, 4) == sizes
 
 
 @pytest.mark.parametrize("case", ["uneven", "rows left over", "few rows", "fewer rows than 8"])

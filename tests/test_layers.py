@@ -280,6 +280,22 @@ def test_moe_without_shared_experts():
     assert_close(jax.jit(lambda module, h: module(h, Layout())[0])(module, h), want)
 
 
+def test_tokens_without_finite_logits_are_not_routed(moe_layer):
+    """Counted, given to no expert, and of no effect on other tokens."""
+    module, _ = moe_layer
+    run = jax.jit(lambda module, h: module(h, Layout()))
+    h = inputs()
+    whole, _ = run(module, h)
+    h[0, 3, 1], h[1, 0, 2] = np.nan, np.inf
+    y, routed = run(module, h)
+    lost = np.zeros((BATCH, LENGTH), bool)
+    lost[0, 3] = lost[1, 0] = True
+    n_pairs = (BATCH * LENGTH - 2) * MOE.top_k
+    assert int(routed.lost) == 2
+    assert int(routed.sent) == int(routed.counts.sum()) == n_pairs
+    np.testing.assert_allclose(y[~lost], whole[~lost], rtol=1e-6)
+
+
 def test_sequence_balance():
     """Equal to the twin; 1 a sequence when all is balanced, up to E when one expert has it all."""
     rng = np.random.default_rng(7)
@@ -327,8 +343,8 @@ def test_layers_in_bfloat16(make, run):
 
 def test_router_stays_float32(moe_layer):
     h = jnp.asarray(inputs(), jnp.bfloat16)
-    affinities = jax.jit(lambda module, h: module.affinities(h))
-    got, want = affinities(in_bfloat16(moe_layer[0]), h), affinities(moe_layer[0], np.float32(h))
+    logits = jax.jit(lambda module, h: module.router_logits(h))
+    got, want = logits(in_bfloat16(moe_layer[0]), h), logits(moe_layer[0], np.float32(h))
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, want)
 

@@ -115,10 +115,13 @@ def test_flops_that_are_made():
 
 
 def test_bytes_of_the_exchange():
-    """8 rows of 7168 bfloat16 a token and all-to-all, a quarter more for room; 59 layers."""
-    config = preset("dsv3_671b", "train.batch=1024", "parallel.remat=report")
-    n_bytes = exchange_bytes(config, parse_mesh("dp16,ep64"))
-    assert n_bytes == 4 * 59 * 4096 * 8 * 1.25 * 7168 * 2
+    """8 rows of 7168 numbers a token and all-to-all, a quarter more for room; 59 layers."""
+    rows, settings = 59 * 4096 * 8 * 1.25, ("train.batch=1024", "parallel.remat=report")
+    wide = preset("dsv3_671b", *settings, "precision.dispatch=compute")
+    narrow = preset("dsv3_671b", *settings)
+    mesh = parse_mesh("dp16,ep64")
+    assert exchange_bytes(wide, mesh) == rows * 4 * 7168 * 2
+    assert exchange_bytes(narrow, mesh) == rows * (2 * (7168 + 56) + 2 * 7168 * 2)
 
 
 def busiest_link(n: int, closes: bool) -> float:

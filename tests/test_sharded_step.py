@@ -5,6 +5,7 @@ routings differ from shard to shard. Gradients agree to 1e-4 of a tensor's large
 to 1e-5 relative: float32 sums in another order. Loads are counts and agree exactly.
 """
 
+import dataclasses
 import functools
 
 import chex
@@ -95,7 +96,7 @@ def parameters():
         values = vector + 0.15 * rng.normal(size=variable.shape)
         return variable.replace(values.astype(np.float32))
 
-    _, params, bias = parts_of(abstract_model(config_of().model, Policy()))
+    _, params, bias, _ = parts_of(abstract_model(config_of().model, Policy()))
     return jax.tree.map(numbers, (params, bias), is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
@@ -131,7 +132,7 @@ def run(routing: str, mesh_text: str, zero: int = 1, remat: str = "report", piec
     if ROUTINGS[routing]:
         bias = favouring(*ROUTINGS[routing])
     fn = program(mesh_text, zero, remat, pieces)
-    return jax.tree.map(np.asarray, fn(params, bias, batch_of(0), np.float32(0.3)))
+    return jax.tree.map(np.asarray, fn(params, bias, batch_of(0), np.float32(0.3), None))
 
 
 def assert_same_gradients(got, want):
@@ -211,6 +212,22 @@ def test_remat_and_pieces_change_nothing(mesh, zero, remat, pieces):
     """ZeRO-3 with everything computed again equals ZeRO-1 with the report's selection."""
     check(mesh, zero, remat, pieces)
     assert_same(run("learned", mesh, zero, remat, pieces), run("learned", mesh, 1, "report"))
+
+
+def test_fp8_on_the_way_is_the_same_on_every_mesh():
+    """Tokens are rounded once, wherever their experts are, and a second hop changes nothing."""
+    params, bias = parameters()
+    config = config_of()
+    fp8 = dataclasses.replace(config.precision, dispatch="fp8")
+    config = dataclasses.replace(config, precision=fp8)
+    results = []
+    for mesh in ("dp1", "dp2,ep2x2"):
+        fn = jax.jit(loss_and_gradients(config, *placed(mesh, config)))
+        found = fn(params, bias, batch_of(0), np.float32(0.3), None)
+        results.append(jax.tree.map(np.asarray, found))
+    assert_same(results[1], results[0])
+    wide = run("learned", "dp1")[0].total
+    assert 0 < abs(results[0][0].total - wide) < 1e-2 * wide
 
 
 def test_one_device_needs_one_round():
@@ -295,7 +312,7 @@ def test_bias_follows_the_load_of_the_whole_batch():
 
     def shard(load, rounds):
         numbers = jnp.zeros(N_MOE)
-        return summarize(RouterStats(load[0], numbers, rounds[0], numbers))
+        return summarize(RouterStats(load[0], numbers, rounds[0], numbers, numbers))
 
     rounds = rng.integers(1, 6, (8, N_MOE)).astype(np.int32)
     total = jax.jit(region(shard, mesh, BATCH, REPLICATED))(shards.astype(np.float32), rounds)

@@ -114,6 +114,32 @@ def test_killed_and_interrupted_runs_go_on_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
+def test_logits_that_are_not_finite_are_named(tmp_path):
+    """A learning rate that blows up: the run ends with the step and the layers, saving nothing."""
+    more = ("optimizer.peak_lr=1e38", "optimizer.warmup_steps=1")
+    done = subprocess.run(command(tmp_path, 9, *more), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: step 3: the router logits of 256 tokens are not finite in layer")
+    assert "they were not routed" in last and not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    assert 3 not in rows_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_redundant_experts_change_no_result(tmp_path):
+    """Placed anew every 3 steps; the losses of a run without them, and resuming bit for bit."""
+    extra = ("model.moe.n_redundant=4", "parallel.place_every=3")
+    for name, steps, more in (("none", 12, ()), ("some", 12, extra), ("two parts", 7, extra)):
+        subprocess.run(command(tmp_path / name, steps, *more), check=True, capture_output=True)
+    subprocess.run(command(tmp_path / "two parts", 12, *extra), check=True, capture_output=True)
+    none, some, parts = (rows_of(tmp_path / name) for name in ("none", "some", "two parts"))
+    assert parts == some and len(some) == 12
+    for step, row in some.items():
+        np.testing.assert_allclose(row["loss"], none[step]["loss"], rtol=2e-3)  # bfloat16
+        assert row["dropped_tokens"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -124,6 +150,10 @@ def test_killed_and_interrupted_runs_go_on_bit_for_bit(tmp_path):
         (["--mesh=ep32"], "model.moe.n_experts=16 cannot be divided over ep=32"),
         (["--mesh=pp2,ep8"], "comes with the pipeline"),
         (["--set", "data.source=/no/such/text"], "/no/such/text"),
+        (["--set", "parallel.transport=ragged"], "no ragged all-to-all for CPUs"),
+        (["--mesh=ep8", "--set", "model.moe.n_redundant=6"], "model.moe.n_redundant=6 cannot be"),
+        (["--mesh=ep16x1"], "model.moe.n_groups=8 cannot be divided over nodes=16"),
+        (["--set", "parallel.capacity=0.5"], "parallel.capacity=0.5 must be at least 1"),
     ],
 )
 def test_command_line_errors(arguments, message, tmp_path):

@@ -87,8 +87,8 @@ def test_figures_of_16():
 @pytest.mark.parametrize(
     "topology, more, gib, exposed, mfu",
     [
-        ("v5p:8x8x16", (), 30, 0.45, 0.42),
-        ("tpu7x:8x8x8", ("--stop-at=schedule",), 45, 0.85, 0.12),  # its devices share links
+        ("v5p:8x8x16", (), 25, 0.35, 0.44),
+        ("tpu7x:8x8x8", ("--stop-at=schedule",), 45, 0.85, 0.14),  # its devices share links
     ],
 )
 def test_671b_on_1024_devices(topology, more, gib, exposed, mfu):
@@ -99,6 +99,23 @@ def test_671b_on_1024_devices(topology, more, gib, exposed, mfu):
     # A rank's rows of the head, over dp: 2,020 of them can't be scattered evenly on v5p.
     assert found["collectives"]["all-reduce"]["largest_bytes"] < 1.2e8
     assert found["exposed_share"] < exposed and found["predicted_mfu"] > mfu
+
+
+@pytest.mark.slow
+def test_bytes_between_nodes():
+    """Of 4 copies a token in FP8 out and bfloat16 back: 86 KB on paper (report sec. 3.2.2, 3.3.3).
+
+    Exponents, gates and ids come on top. Inside a node a token's 8 pairs travel.
+    """
+    settings = [f"--set={assignment}" for assignment in ("train.batch=64", *SMALL[:3])]
+    ragged = ("--set=parallel.transport=ragged", "--set=model.moe.n_experts=64")
+    arguments = ("dp1,ep8x8", "v5p:4x4x4", "--stop-at=schedule", *settings, *ragged)
+    found, _ = tunnel("dsv3_671b", *arguments)
+    moved = found["layers"]["forward"]["exchanged_bytes_per_token"]
+    assert moved["node"] == pytest.approx(4 * 7168 * 3, rel=0.1)
+    assert moved["rank"] == pytest.approx(8 * 7168 * 3, rel=0.1)
+    row = found["collectives"]["ragged-all-to-all"]
+    assert row["count"] == row["asynchronous"] > 0 and not found["unknown_kernels"]
 
 
 @pytest.mark.slow

@@ -20,11 +20,16 @@ from dsv3_jax.layers.router import choose_experts, expert_counts, sequence_balan
 from dsv3_jax.numerics.grouped_matmul import grouped_matmul
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.expert_parallel import Route, exchange, route_of
+from sharding.replicas import slots_of, with_replicas
 from sharding.rules import Layout
 
 
 class BalanceBias(nnx.Variable):
     """Selection bias of each expert: no gradient, no weight decay, moved by the observed load."""
+
+
+class Redundant(nnx.Variable):
+    """The expert in each further slot; chosen between steps by the observed load."""
 
 
 class RouterStats(NamedTuple):
@@ -34,6 +39,7 @@ class RouterStats(NamedTuple):
     balance: Array  # [] sum over sequences of the balance loss
     rounds: Array  # [] rounds of the exchange
     sent: Array  # [] pairs that reached an expert here
+    lost: Array  # [] tokens whose router logits are not finite: no expert gets them
 
 
 class Routed(NamedTuple):
@@ -43,14 +49,15 @@ class Routed(NamedTuple):
     affinity: Float32[Array, "B E"]  # sum over tokens of their affinities, normalised over experts
     rounds: Int[Array, ""]
     sent: Int[Array, ""]
+    lost: Int[Array, ""]
 
 
 def router_stats(pieces: Sequence[Routed], top_k: int) -> RouterStats:
     """The statistics of whole sequences from those of their pieces; of the rounds, the most."""
-    counts, affinity, rounds, sent = (list(parts) for parts in zip(*pieces, strict=True))
+    counts, affinity, rounds, sent, lost = (list(parts) for parts in zip(*pieces, strict=True))
     balance = sequence_balance(sum(counts), sum(affinity), top_k)
     most = functools.reduce(jnp.maximum, rounds)
-    return RouterStats(sum(counts).sum(0), balance, most, sum(sent))
+    return RouterStats(sum(counts).sum(0), balance, most, sum(sent), sum(lost))
 
 
 class MoE(nnx.Module):
@@ -64,6 +71,8 @@ class MoE(nnx.Module):
         self.bias = BalanceBias(jnp.zeros(m.n_experts, jnp.float32))
         self.gate_up = weight(rngs, (m.n_experts, width, 2 * m.hidden), expert, std)
         self.down = weight(rngs, (m.n_experts, m.hidden, width), ("expert", "mlp", "embed"), std)
+        if m.n_redundant:
+            self.redundant = Redundant(jnp.zeros(m.n_redundant, jnp.int32))
         if m.n_shared:
             self.shared = SwiGLU(width, m.n_shared * m.hidden, std, rngs=rngs)
 
@@ -71,15 +80,22 @@ class MoE(nnx.Module):
         self, h: Float[Array, "B T D"], layout: Layout
     ) -> tuple[Float[Array, "B T D"], Routed]:
         m = self.config
-        scores = self.affinities(h)
+        logits = self.router_logits(h)
+        scores = jax.nn.sigmoid(logits)
         tokens = rearrange(h, "b t d -> (b t) d")
         flat = rearrange(scores, "b t e -> (b t) e")
         gates, ids = choose_experts(flat, self.bias[...], m)
+        lost = ~jnp.isfinite(rearrange(logits, "b t e -> (b t) e")).all(-1)
+        ids = jnp.where(lost[:, None], m.n_experts, ids)
         gates, ids = checkpoint_name(gates, "gates"), checkpoint_name(ids, "expert_ids")
         route = self.route(layout, tokens.shape[0])
         experts = (self.gate_up[...].astype(h.dtype), self.down[...].astype(h.dtype))
+        slots = ids
+        if m.n_redundant:
+            experts = with_replicas(experts, self.redundant[...], layout.mesh)
+            slots = slots_of(ids, self.redundant[...], m.n_experts, layout.mesh)
         run = functools.partial(apply_experts, layout.mesh.platform)
-        routed, traffic = exchange(run, experts, tokens, gates, ids, route)
+        routed, traffic = exchange(run, experts, tokens, gates, slots, route)
         y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
         if m.n_shared:
             y = y + self.shared(h)
@@ -89,24 +105,24 @@ class MoE(nnx.Module):
             affinity=(scores / scores.sum(-1, keepdims=True)).sum(1),
             rounds=traffic.rounds,
             sent=traffic.pairs,
+            lost=lost.sum(),
         )
 
     def route(self, layout: Layout, n_tokens: int) -> Route:
         """How tokens reach their experts; with groups laid over nodes, at most on M nodes."""
         m, mesh = self.config, layout.mesh
         max_nodes = mesh.nodes if m.n_groups % mesh.nodes else m.n_groups_kept
-        sizes = (m.n_experts, n_tokens, m.top_k, layout.capacity, max_nodes)
+        sizes = (m.n_experts + m.n_redundant, n_tokens, m.top_k, layout.capacity, max_nodes)
         return route_of(mesh, *sizes, layout.ragged, layout.wire)
 
-    def affinities(self, h: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
-        """sigmoid(h . e_i) in float32, whatever the device's default precision of products is."""
-        logits = jnp.einsum(
+    def router_logits(self, h: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
+        """h . e_i in float32, whatever the device's default precision of products is."""
+        return jnp.einsum(
             "BTD,DE->BTE",
             h.astype(jnp.float32),
             self.router[...],
             precision=jax.lax.Precision.HIGHEST,
         )
-        return jax.nn.sigmoid(logits)
 
 
 def apply_experts(

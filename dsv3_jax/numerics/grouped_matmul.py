@@ -1,55 +1,23 @@
 """Grouped matmul: rows sorted by expert, each group times its own expert's matrix.
 
-On TPUs XLA's kernel for ragged products. Elsewhere the row-block scan, which is the reference: it
-walks over blocks of rows that start where their group starts, so rows need no padding or alignment,
-and the work is that of the rows that exist (plus, on average, half a block an expert), not of the
-buffer that holds them.
+On TPUs XLA's kernel for ragged products, on GPUs our Pallas kernel. Elsewhere, and as the
+reference, a walk: group by group, each in blocks of rows that halve from `LARGEST` to `SMALLEST`,
+of which only the last can be cut short. So rows need no padding or alignment, a group's matrix is
+fetched once and its gradient written once, and the work is that of the rows that exist (plus, on
+average, half of the smallest block an expert), not of the buffer that holds them.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.numerics.kernels.grouped_matmul_gpu import grouped_outer, grouped_product
 from dsv3_jax.shapes import Array, Float, Int
 
-BLOCK = 256  # most rows in a block
-
-
-class _Blocks(NamedTuple):
-    """Which rows and expert each block covers; `count` of them are real."""
-
-    expert: Array  # [blocks]
-    start: Array  # [blocks] first row
-    stop: Array  # [blocks] row after the last of its group
-    count: Array  # []
-
-
-def _block_size(n_rows: int, n_groups: int) -> int:
-    """Rows of a block: those of a balanced group as a power of two, from 8 to `BLOCK`."""
-    balanced = 1 << (max(n_rows // n_groups, 8) - 1).bit_length()
-    return min(balanced, BLOCK, n_rows)
-
-
-def _blocks(sizes: Int[Array, " e"], n_rows: int, block: int) -> _Blocks:
-    per_expert = -(-sizes // block)
-    ends = jnp.cumsum(per_expert)
-    group_stop = jnp.cumsum(sizes)
-    index = jnp.arange(n_rows // block + sizes.size, dtype=jnp.int32)
-    expert = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
-    within = index - (ends - per_expert)[expert]
-    start = (group_stop - sizes)[expert] + within * block
-    return _Blocks(expert, start, group_stop[expert], ends[-1])
-
-
-def _block_rows(x: Float[Array, "r D"], blocks: _Blocks, i, block: int):
-    """Rows of block `i`, the row they start at, and which of them belong to it."""
-    start = jnp.minimum(blocks.start[i], x.shape[0] - block)
-    row = start + jnp.arange(block)
-    mine = (row >= blocks.start[i]) & (row < blocks.stop[i])
-    return lax.dynamic_slice_in_dim(x, start, block), start, mine[:, None]
+LARGEST, SMALLEST = 512, 64  # rows of a block
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -65,21 +33,22 @@ def grouped_matmul(
         rows: sorted by group.
         weights: one matrix a group.
         sizes: rows of each group; their sum is at most r.
-        platform: of the devices; on "tpu" XLA's kernel runs (checked here on the CPU, where XLA
-            expands it, and compiled for v5p and tpu7x).
+        platform: of the devices. On "tpu" XLA's kernel runs (checked here on the CPU, where XLA
+            expands it, and compiled for v5p and tpu7x), on "gpu" or "cuda" a Pallas kernel (checked
+            in interpret mode and compiled for H100).
     """
     return _forward(rows, weights, sizes, platform)[0]
 
 
 def _forward(rows, weights, sizes, platform):
-    product = _ragged_product if platform == "tpu" else _scanned_product
+    product, _ = _BACKENDS.get(platform, _WALK)
     return product(rows, weights, sizes), (rows, weights, sizes)
 
 
 def _backward(platform, saved, grad):
     """Gradients of rows (dgrad) and, summed in float32, of weights (wgrad)."""
     rows, weights, sizes = saved
-    gradients = _ragged_gradients if platform == "tpu" else _scanned_gradients
+    _, gradients = _BACKENDS.get(platform, _WALK)
     d_rows, d_weights = gradients(rows, weights, sizes, grad)
     return d_rows, d_weights.astype(weights.dtype), None
 
@@ -105,40 +74,95 @@ def _ragged_gradients(rows, weights, sizes, grad):
     return d_rows, lax.ragged_dot_general(rows, grad, sizes, dims, preferred_element_type=kind)
 
 
-def _scanned_product(rows, weights, sizes):
-    block = _block_size(rows.shape[0], sizes.size)
-    blocks = _blocks(sizes, rows.shape[0], block)
+def _gpu_gradients(rows, weights, sizes, grad):
+    d_rows = grouped_product(grad, weights, sizes, transposed=True)
+    return d_rows, grouped_outer(rows, grad, sizes, weights.dtype)
 
-    def body(i, out):
-        x, start, mine = _block_rows(rows, blocks, i, block)
-        w = lax.dynamic_index_in_dim(weights, blocks.expert[i], keepdims=False)
-        return _write(out, jnp.einsum("rD,DF->rF", x, w), start, mine)
+
+def _walked_product(rows, weights, sizes):
+    def group(out, w, first, stop):
+        def block(out, start, mine):
+            y = jnp.einsum("rD,DF->rF", _rows(rows, start, mine.size), w)
+            return _write(out, y, start, mine)
+
+        return _blocks(rows, sizes, first, stop, block, out), None
 
     out = jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    return lax.fori_loop(0, blocks.count, body, out)
+    return _groups(group, out, weights, sizes)[0]
 
 
-def _scanned_gradients(rows, weights, sizes, grad):
+def _walked_gradients(rows, weights, sizes, grad):
     """Both in one walk."""
-    block = _block_size(rows.shape[0], sizes.size)
-    blocks = _blocks(sizes, rows.shape[0], block)
 
-    def body(i, carry):
-        d_rows, d_weights = carry
-        x, start, mine = _block_rows(rows, blocks, i, block)
-        g, _, _ = _block_rows(grad, blocks, i, block)
-        e = blocks.expert[i]
-        w = lax.dynamic_index_in_dim(weights, e, keepdims=False)
-        d_rows = _write(d_rows, jnp.einsum("rF,DF->rD", g, w), start, mine)
-        d_w = jnp.einsum("rD,rF->DF", jnp.where(mine, x, 0), g, preferred_element_type=jnp.float32)
-        total = lax.dynamic_index_in_dim(d_weights, e, keepdims=False) + d_w
-        return d_rows, lax.dynamic_update_index_in_dim(d_weights, total, e, 0)
+    def group(d_rows, w, first, stop):
+        def block(carry, start, mine):
+            d_rows, d_w = carry
+            x, g = (jnp.where(mine, _rows(part, start, mine.size), 0) for part in (rows, grad))
+            d_rows = _write(d_rows, jnp.einsum("rF,DF->rD", g, w), start, mine)
+            wide = {"preferred_element_type": jnp.float32}
+            return d_rows, d_w + jnp.einsum("rD,rF->DF", x, g, **wide)
 
-    start = jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.float32)
-    return lax.fori_loop(0, blocks.count, body, start)
+        zero = jnp.zeros(w.shape, jnp.float32)
+        return _blocks(rows, sizes, first, stop, block, (d_rows, zero))
+
+    return _groups(group, jnp.zeros_like(rows), weights, sizes)
+
+
+def _groups(group: Callable, carry, weights, sizes):
+    """Walk over the groups: (carry, matrix, first row, row after the last) -> (carry, gradient)."""
+    ends = jnp.cumsum(sizes)
+
+    def body(carry, item):
+        w, size, stop = item
+        return group(carry, w, stop - size, stop)
+
+    return lax.scan(body, carry, (weights, sizes, ends))
+
+
+def _blocks(rows, sizes, first, stop, block: Callable, carry):
+    """Walk over one group: (carry, first row of the block, which rows are of the group) -> carry.
+
+    The last block may begin early, or reach into the next groups: `mine` says so.
+    """
+    n_rows = rows.shape[0]
+    for n in _block_sizes(n_rows, sizes.size):
+        last = n == _block_sizes(n_rows, sizes.size)[-1]
+        count = (stop - first + (n - 1 if last else 0)) // n
+
+        def body(i, carry, n=n, begin=first):
+            wanted = begin + i * n
+            start = jnp.minimum(wanted, n_rows - n)
+            row = start + jnp.arange(n)
+            return block(carry, start, ((row >= wanted) & (row < stop))[:, None])
+
+        carry = lax.fori_loop(0, count, body, carry)
+        first = first + count * n
+    return carry
+
+
+def _block_sizes(n_rows: int, n_groups: int) -> list[int]:
+    """Rows of blocks, in powers of two: down to those of a balanced group, but 8 to `SMALLEST`."""
+    balanced = 1 << (max(n_rows // n_groups, 8) - 1).bit_length()
+    smallest = min(balanced, SMALLEST, n_rows)
+    sizes = [smallest]
+    while 2 * sizes[0] <= min(LARGEST, n_rows):
+        sizes.insert(0, 2 * sizes[0])
+    return sizes
+
+
+def _rows(x, start, n: int):
+    return lax.dynamic_slice_in_dim(x, start, n)
 
 
 def _write(out, y, start, mine):
     """Put the rows of `y` that belong to the block where they came from."""
-    old = lax.dynamic_slice_in_dim(out, start, y.shape[0])
-    return lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
+    y = jnp.where(mine, y, _rows(out, start, mine.size))
+    return lax.dynamic_update_slice_in_dim(out, y, start, 0)
+
+
+_WALK = (_walked_product, _walked_gradients)
+_BACKENDS = {
+    "tpu": (_ragged_product, _ragged_gradients),
+    "gpu": (grouped_product, _gpu_gradients),
+    "cuda": (grouped_product, _gpu_gradients),
+}

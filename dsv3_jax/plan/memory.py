@@ -41,7 +41,7 @@ class Share(NamedTuple):
 @functools.cache
 def parameters(model: ModelConfig) -> dict[str, list[nnx.Variable]]:
     """Shapes of the parameters, by part of the model."""
-    _, params, _ = parts_of(abstract_model(model, Policy()))
+    _, params, *_ = parts_of(abstract_model(model, Policy()))
     leaves = functools.partial(jax.tree.leaves, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return {name: leaves(part) for name, part in params.items()}
 
@@ -120,11 +120,6 @@ def expert_rows(config: Config, mesh: MeshSpec) -> int:
     return mesh.ep * capacity_of(n_pairs, mesh.ep, config.parallel.capacity)
 
 
-def n_moe_layers(model: ModelConfig) -> int:
-    """Layers with experts, those of MTP included."""
-    return model.n_layers - model.n_dense + model.mtp_depth
-
-
 def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> float:
     """What the backward of one layer finds in memory.
 
@@ -154,7 +149,7 @@ def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> fl
 
 def activations(config: Config, mesh: MeshSpec) -> dict[str, float]:
     """What all layers save for the backward, and all that the layer at work has besides."""
-    kinds = {False: config.model.n_dense, True: n_moe_layers(config.model)}
+    kinds = {False: config.model.n_dense, True: config.model.n_moe_layers}
     kinds = {experts: n for experts, n in kinds.items() if n}
     remat = config.parallel.remat
     return {

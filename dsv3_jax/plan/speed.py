@@ -8,11 +8,11 @@ from dsv3_jax.chips import Chip
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.costs import activated_parameters, training_flops_per_token
 from dsv3_jax.model import count_parameters
+from dsv3_jax.numerics.blockscale import TILE
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.plan.memory import (
     STACKS,
     expert_rows,
-    n_moe_layers,
     shares,
     tokens_a_device,
     weights,
@@ -27,7 +27,7 @@ from sharding.mesh import MeshSpec
 EFFICIENCY = 0.65
 # Share of the communication that no compute hides: the same walk, on v5p:8x8x16 with dp16,ep64 and
 # a sequence a device. Where exchange outweighs compute, as on tpu7x, it is more: 0.77 there.
-EXPOSED = 0.38
+EXPOSED = 0.30
 
 
 @functools.cache
@@ -55,12 +55,14 @@ def flops_per_token(model: ModelConfig, length: int, remat: str) -> tuple[float,
 def exchange_bytes(config: Config, mesh: MeshSpec) -> float:
     """Bytes that a device sends in all all-to-alls of a step, one round each, padding included.
 
-    A layer has dispatch and combine, forward and backward; "full" remat dispatches again.
+    A layer has dispatch and combine, forward and backward; "full" remat dispatches again. What
+    goes out may be FP8, with an exponent a tile; what comes back is wide. Taken as one hop.
     """
     item = Policy.of(config.precision).compute.itemsize
-    passes = 5 if config.parallel.remat == "full" else 4
-    rows = passes * n_moe_layers(config.model) * expert_rows(config, mesh)
-    return rows * config.model.width * item
+    out = 1 + 1 / TILE[1] if config.precision.dispatch == "fp8" else item
+    n_out = 3 if config.parallel.remat == "full" else 2
+    rows = config.model.n_moe_layers * expert_rows(config, mesh)
+    return rows * config.model.width * (n_out * out + 2 * item)
 
 
 def zero_seconds(config: Config, mesh: MeshSpec, links: Torus | Hosts) -> float:

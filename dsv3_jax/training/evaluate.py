@@ -1,5 +1,6 @@
 """Held-out loss, and text sampled from the model, both on the mesh that training runs on."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -61,9 +62,14 @@ def _at(key: UInt32[Array, " 2"], place: Int[Array, ""]) -> jax.Array:
 
 
 def _model_in_region(config: Config, layout: Layout) -> tuple[Callable, nnx.State]:
-    """How a shard makes its model of stored parameters, and the specs of those."""
+    """How a shard makes its model of stored parameters, and the specs of those.
+
+    It has no redundant experts, which change nothing.
+    """
     policy = Policy.of(config.precision)
-    graphdef, params, _ = parts_of(abstract_model(config.model, policy))
+    moe = config.model.moe and dataclasses.replace(config.model.moe, n_redundant=0)
+    model = dataclasses.replace(config.model, moe=moe)
+    graphdef, params, *_ = parts_of(abstract_model(model, policy))
 
     def model_of(params, bias):
         return nnx.merge(graphdef, ready(params, layout, policy.compute), bias)

@@ -24,6 +24,7 @@ from dsv3_jax.overrides import differences, to_dict
 from dsv3_jax.training import metrics, plots
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.history import LoadHistory
+from dsv3_jax.training.redundancy import Redundancy
 from dsv3_jax.training.state import (
     TrainState,
     abstract_state,
@@ -36,7 +37,15 @@ from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import BATCH, MeshSpec, make_mesh, spec_of
 
 # Fields that may differ from those a workdir was begun with: they don't change what is learned.
-FREE = ("train.steps", "train.eval", "train.sample", "checkpoint.", "parallel.", "data.cache_dir")
+FREE = (
+    "train.steps",
+    "train.eval",
+    "train.sample",
+    "checkpoint.",
+    "parallel.",
+    "data.cache_dir",
+    "model.moe.n_redundant",
+)
 
 
 def train(config: Config, spec: MeshSpec, workdir: Path) -> Path:
@@ -69,6 +78,10 @@ class Run:
         self.config, self.workdir = config, workdir
         self.mesh = make_mesh(spec)
         self.layout = layout_of(config, spec_of(self.mesh))
+        if self.layout.ragged and self.layout.mesh.platform == "cpu":
+            raise NotImplementedError(
+                "parallel.transport='ragged': XLA has no ragged all-to-all for CPUs; use 'padded'"
+            )
         train, extra = config.train, 1 + config.model.mtp_depth
         self.corpus = data.load(
             config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
@@ -94,6 +107,7 @@ class Run:
     def _start(self, optimizer) -> TrainState:
         """The newest checkpoint's state, or a fresh one; sets where the run starts."""
         abstract = abstract_state(self.config, optimizer, self.mesh, self.layout)
+        self.redundancy = Redundancy(self.config, self.mesh)
         self.first = self.checkpoints.latest_step() or 0
         if not self.first:
             if self.config.init_from is None:
@@ -101,6 +115,7 @@ class Run:
             return state_from(open_weights(self.config.init_from), optimizer, abstract)
         state, extra = self.checkpoints.restore(abstract)
         self.loader.set_state(extra["loader"])
+        self.redundancy = Redundancy(self.config, self.mesh, extra.get("redundancy"))
         return state
 
     def to_the_end(self) -> Path:
@@ -128,19 +143,20 @@ class Run:
         config, pending, clock = self.config, None, time.perf_counter()
         while self.first < config.train.steps and self.stopped_by is None:
             batch = self._batch(next(self.loader))
-            self.state, numbers = self.step(self.state, batch)
+            self.state, numbers = self.step(self.state, batch, self.redundancy.slots)
             self.first += 1
             if pending is not None:
                 clock = self._report(log, progress, *pending, clock)
             pending = (self.first, numbers)
             last = self.first == config.train.steps
             evaluates = last or self.first % config.train.eval_every == 0
-            if evaluates or self.first % config.checkpoint.every == 0:
+            saves = self.first % config.checkpoint.every == 0
+            if evaluates or saves or self.redundancy.due(self.first):
                 clock = self._report(log, progress, *pending, clock)
                 pending = None
             if evaluates:
                 self._evaluate(log, progress)
-            if self.first % config.checkpoint.every == 0:
+            if saves:
                 self._save(self.first)
             if pending is None:
                 clock = time.perf_counter()
@@ -156,11 +172,14 @@ class Run:
     def _report(self, log, progress, step: int, numbers: Metrics, since: float) -> float:
         """Log one step's numbers once it has run; returns when that was."""
         numbers = jax.device_get(numbers)
+        if numbers.router is not None:
+            self._check(step, numbers.router.lost)
         now = time.perf_counter()
         speed = self.tokens_per_step / (now - since)
         log.log(self._row(step, numbers) | {"tokens_per_second": speed})
         if numbers.router is not None:
             self.loads.add(step, numbers.router.load)
+            self.redundancy.observe(step, numbers.router.load)
         progress.update(
             step,
             loss=float(numbers.losses.main),
@@ -168,6 +187,23 @@ class Run:
             utilization=speed * self.flops / (self.peak * self.mesh.size),
         )
         return now
+
+    def _check(self, step: int, lost: np.ndarray):
+        """Raise a FloatingPointError that names the layers whose router had no finite logits."""
+        if not lost.any():
+            return
+        n_moe = self.config.model.n_moe_layers - self.config.model.mtp_depth
+        names = [
+            f"layer {i + self.config.model.n_dense}" if i < n_moe else f"MTP module {i - n_moe + 1}"
+            for i in np.flatnonzero(lost)
+        ]
+        saved = self.checkpoints.latest_step()
+        kept = f"the newest checkpoint is that of step {saved}" if saved else "there is none yet"
+        raise FloatingPointError(
+            f"step {step}: the router logits of {int(lost.max()):,} tokens are not finite in "
+            f"{', '.join(names)}; they were not routed. No checkpoint holds this step; {kept}. Try "
+            f"a lower optimizer.peak_lr or precision.compute=float32"
+        )
 
     def _row(self, step: int, numbers: Metrics) -> dict[str, int | float]:
         router = numbers.router
@@ -199,8 +235,12 @@ class Run:
 
     def _save(self, step: int):
         if step not in (0, self.checkpoints.latest_step()):
-            self.checkpoints.save(step, self.state, {"loader": self.loader.get_state()})
+            self.checkpoints.save(step, self.state, self._beside())
             self.loads.save()
+
+    def _beside(self) -> dict:
+        """What a checkpoint holds besides the state."""
+        return {"loader": self.loader.get_state(), "redundancy": self.redundancy.saved()}
 
     def _announce(self):
         model, corpus = self.config.model, self.corpus

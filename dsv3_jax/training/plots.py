@@ -51,21 +51,27 @@ def plot_loss(rows: list[dict], path: str | Path, unigram_entropy: float):
 def plot_expert_load(
     steps: Int[np.ndarray, " steps"], loads: Float[np.ndarray, "steps L E"], path: str | Path
 ):
-    """Draw the experts' load relative to the mean at the last step, and its imbalance over time.
+    """Draw the experts' load over the mean: at the last step, over time in the layer where it is
+    least even, and the imbalance of all layers over time.
 
     Args:
         steps: when the loads were seen.
         loads: tokens that each expert of each MoE layer received in those steps.
         path: the PNG to write.
     """
-    figure = matplotlib.figure.Figure(figsize=(10.0, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    last = loads[-1] / loads[-1].mean(-1, keepdims=True)
-    image = left.imshow(last, aspect="auto", cmap="RdBu_r", vmin=0.0, vmax=2.0)
-    figure.colorbar(image, ax=left, label="load / mean", extend="max")
+    figure = matplotlib.figure.Figure(figsize=(13.0, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    relative = loads / np.maximum(loads.mean(-1, keepdims=True), 1e-30)
+    violations = max_violation(loads)
+    worst = int(violations.mean(0).argmax())
+    look = {"aspect": "auto", "cmap": "RdBu_r", "vmin": 0.0, "vmax": 2.0}
+    left.imshow(relative[-1], **look)
     left.set(title="Expert load at the last step", xlabel="expert", ylabel="MoE layer")
     left.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    violations = max_violation(loads)
+    span = (steps[0], max(steps[-1], steps[0] + 1), loads.shape[-1] - 0.5, -0.5)
+    image = middle.imshow(relative[:, worst].T, extent=span, interpolation="nearest", **look)
+    figure.colorbar(image, ax=middle, label="load / mean", extend="max")
+    middle.set(title=f"Load over time, MoE layer {worst}", xlabel="step", ylabel="expert")
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, violations.shape[1]))
     for layer, color in enumerate(shades):
         right.plot(steps, violations[:, layer], color=color, linewidth=1.2, label=f"layer {layer}")

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.hf_weights import flatten
 from dsv3_jax.layers.linear import specs
-from dsv3_jax.layers.moe import BalanceBias
+from dsv3_jax.layers.moe import BalanceBias, Redundant
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.weights.pretrained import progress
@@ -44,8 +44,8 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
 
 
 def parts_of(model: DeepSeekV3):
-    """Graph definition, parameters, balance bias."""
-    return nnx.split(model, nnx.Param, BalanceBias)
+    """Graph definition, parameters, balance bias, placement of redundant experts."""
+    return nnx.split(model, nnx.Param, BalanceBias, Redundant)
 
 
 def make_model(config: Config) -> DeepSeekV3:
@@ -57,7 +57,7 @@ def make_model(config: Config) -> DeepSeekV3:
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; to be traced, so that it is born sharded."""
     policy = Policy.of(config.precision)
-    _, params, bias = parts_of(make_model(config))
+    _, params, bias, _ = parts_of(make_model(config))
     params = jax.tree.map(lambda x: x.astype(policy.master), params)
     return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
 

@@ -1,5 +1,6 @@
 """One training step: losses and gradients inside the manual region, the update outside of it."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,18 +50,20 @@ def ready(params: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
 
 
 def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
-    """(params, bias, batch, mtp_weight) -> (losses, statistics, gradients), sharded as stored.
+    """(params, bias, batch, mtp_weight, redundant) -> (losses, statistics, gradients), as stored.
 
     The gradients are those of the mean over the global batch. Losses are that mean; load and
     dropped pairs are sums over the whole batch.
     """
     policy = Policy.of(config.precision)
-    graphdef, params, bias = parts_of(abstract_model(config.model, policy))
+    graphdef, params, _, redundant = parts_of(abstract_model(config.model, policy))
     stored = specs(params, layout)
 
-    def shard(params, bias, batch, weight):
+    def shard(params, bias, batch, weight, extra):
+        places = by_layer(redundant, extra)
+
         def loss_fn(params):
-            model = nnx.merge(graphdef, ready(params, layout, policy.compute), bias)
+            model = nnx.merge(graphdef, ready(params, layout, policy.compute), bias, places)
             how = (layout, config.parallel.remat)
             losses, stats = training_loss(model, batch, config.losses, weight, *how)
             return losses.total, (losses, stats)
@@ -72,7 +75,7 @@ def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout
     return region(
         shard,
         mesh,
-        in_specs=(stored, REPLICATED, BATCH, REPLICATED),
+        in_specs=(stored, REPLICATED, BATCH, REPLICATED, REPLICATED),
         out_specs=(REPLICATED, REPLICATED, stored),
     )
 
@@ -96,12 +99,15 @@ def of_parameters(fn: Callable, state: nnx.State) -> nnx.State:
 
 def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:
     """Every layer's balance bias moved by its load; `load` has the MoE layers first, MTP last."""
-    leaves, treedef = jax.tree.flatten(bias)  # "moe" comes before "mtp"
+    move = functools.partial(moved_bias, rate=rate)
+    return jax.tree.map(move, bias, by_layer(bias, load))
+
+
+def by_layer(state: nnx.State, rows: Array | None) -> nnx.State:
+    """`rows` [L ...], MoE layers first and MTP last, in the places of `state`; it may have none."""
+    leaves, treedef = jax.tree.flatten(state)  # "moe" comes before "mtp"
     ends = np.cumsum([leaf.shape[0] for leaf in leaves])[:-1]
-    parts = jnp.split(load, ends)
-    return treedef.unflatten(
-        [moved_bias(leaf, part, rate) for leaf, part in zip(leaves, parts, strict=True)]
-    )
+    return treedef.unflatten(jnp.split(rows, ends) if leaves else [])
 
 
 def make_step(
@@ -110,14 +116,19 @@ def make_step(
     mesh: Mesh | AbstractMesh,
     layout: Layout,
 ) -> Callable:
-    """(state, batch) -> (state, metrics): the program that training runs."""
+    """(state, batch, extra) -> (state, metrics): the program that training runs.
+
+    `extra` [L R] is the expert in each further slot of every MoE layer, MTP last; None if R = 0.
+    """
     compute = loss_and_gradients(config, mesh, layout)
     tokens_per_step = config.train.batch * config.train.seq_len
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, extra: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         tokens = state.step.astype(jnp.float32) * tokens_per_step
         weight = mtp_weight(config.losses, tokens)
-        losses, stats, grads = compute(state.params, state.bias, batch, weight)
+        losses, stats, grads = compute(state.params, state.bias, batch, weight, extra)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         bias = state.bias
@@ -144,4 +155,8 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)
     place = placement(mesh, BATCH)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=place) for t in (jnp.int32, bool)))
-    return make_step(config, optimizer, mesh, layout).lower(state, batch)
+    extra = None
+    if n_redundant := config.model.moe and config.model.moe.n_redundant:
+        shape = (config.model.n_moe_layers, n_redundant)
+        extra = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement(mesh, REPLICATED))
+    return make_step(config, optimizer, mesh, layout).lower(state, batch, extra)

@@ -12,7 +12,7 @@ from dsv3_jax.tunnel.work import KERNELS, Kernels
 
 
 def kernels(capacity: float = 1.0) -> Kernels:
-    """The table for `work.work`.
+    """The table for `work.work`; on GPUs all kernels of ours are grouped products.
 
     Args:
         capacity: rows of a ragged product's buffer over those that are there.
@@ -31,7 +31,8 @@ def kernels(capacity: float = 1.0) -> Kernels:
     }
     table = {f"splash_mha_{name}": kernel for name, kernel in attention.items()}
     free = {"ragged-dot-metadata": lambda *_: 0.0}
-    return {**KERNELS, "ragged-dot-none": ragged, **table, **free}
+    grouped = {"ragged-dot-none": ragged, "__gpu$xla.gpu.triton": ragged}
+    return {**KERNELS, **grouped, **table, **free}
 
 
 def _attention(products: tuple[int, int]):

@@ -1,12 +1,10 @@
 """What a compiled step says of a run: memory, communication, time, as one dict of plain values."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 from dsv3_jax.config import Config
 from dsv3_jax.costs import training_flops_per_token
-from dsv3_jax.numerics.grouped_matmul import BLOCK
 from dsv3_jax.tunnel import hlo, memory, work
 from dsv3_jax.tunnel.collectives import mesh_axes
 from dsv3_jax.tunnel.compile import Compilation, Target
@@ -16,7 +14,6 @@ from dsv3_jax.tunnel.overlap import Machine, Schedule, Walk
 from sharding.mesh import MeshSpec
 
 ROUNDS = "sharding/expert_parallel.py"  # its loops run once for each round after the first
-BLOCKS = "layers/moe.py"  # where there is no kernel, its products loop over blocks of rows
 HLO, STEP = "after_optimizations.txt", "jit_step"  # in the names of the compiler's texts
 ALL_TO_ALLS = ("all-to-all", "ragged-all-to-all")
 
@@ -36,24 +33,16 @@ def walk_of(config: Config, target: Target, folder: Path, compilation: Compilati
         link_rate=rates(chip, target.shape, compilation.places),
         ragged_fill=1.0 / config.parallel.capacity,
     )
-    trips = known | {loop.name: assumed_trips(loop, config, target.mesh) for loop in unknown}
+    trips = known | {loop.name: assumed_trips(loop) for loop in unknown}
     return Walk(module, machine, trips, kernels(config.parallel.capacity))
 
 
-def assumed_trips(loop: hlo.Loop, config: Config, mesh: MeshSpec) -> float:
-    """Trips of a loop over data if routing is balanced: of those that we know what they run over.
+def assumed_trips(loop: hlo.Loop) -> float:
+    """Trips of a loop over data: if routing is balanced, no round follows the first.
 
-    No round of the exchange follows the first, and each expert's rows fill their blocks. Any other
-    is taken to run once.
+    Any other is taken to run once.
     """
-    moe = config.model.moe
-    if ROUNDS in loop.source:
-        return 0.0
-    if BLOCKS in loop.source and moe:
-        tokens = config.train.batch * config.train.seq_len / mesh.data / config.parallel.pieces
-        n_local = moe.n_experts // mesh.ep
-        return float(n_local * math.ceil(tokens * moe.top_k / n_local / BLOCK))
-    return 1.0
+    return 0.0 if ROUNDS in loop.source else 1.0
 
 
 def text_of(folder: Path, ending: str) -> str | None:

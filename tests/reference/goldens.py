@@ -49,7 +49,7 @@ def layer_by_layer(model: DeepSeekV3, tokens) -> dict:
         block = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
         residual = x + block.attention(block.attention_norm(x), positions_of(tokens))
         if not dense:
-            scores = block.ffn.affinities(block.ffn_norm(residual))
+            scores = jax.nn.sigmoid(block.ffn.router_logits(block.ffn_norm(residual)))
             flat = scores.reshape(-1, scores.shape[-1])
             out[f"router.{i}"] = choose_experts(flat, block.ffn.bias[...], block.ffn.config)
         new, _ = block(x, positions_of(tokens), Layout())
