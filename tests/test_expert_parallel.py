@@ -159,6 +159,7 @@ def test_adversarial_routings(mesh, pairs, rows, most_rounds):
     assert check(mesh, pairs, cases()[N_RANDOM:], rows) == most_rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, pairs, rows", [("ep1", 264, 0), ("ep4", 16, 0), ("ep8", 5, 0), ("ep2x4", 12, 6)]
 )

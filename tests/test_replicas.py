@@ -60,7 +60,10 @@ def program(mesh_text: str):
     return jax.jit(region(shard, mesh, specs, (BATCH, EXPERTS, BATCH, BATCH, BATCH)))
 
 
-@pytest.mark.parametrize("mesh", ["ep8", "ep2x4", "dp2,ep4", "ep1"])
+@pytest.mark.parametrize(
+    "mesh",
+    ["ep2x4", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("ep8", "dp2,ep4", "ep1"))],
+)
 def test_values_and_gradients_are_those_without(mesh):
     rng = np.random.default_rng(0)
     run = program(mesh)
@@ -104,6 +107,7 @@ def step_with(n_redundant: int):
     return jax.jit(loss_and_gradients(config, *placed("dp2,ep2x2", config)))
 
 
+@pytest.mark.slow
 def test_a_training_step_is_the_same_and_not_compiled_anew():
     params, bias = parameters()
     inputs = (params, bias, batch_of(0), np.float32(0.3))

@@ -214,6 +214,7 @@ def test_remat_and_pieces_change_nothing(mesh, zero, remat, pieces):
     assert_same(run("learned", mesh, zero, remat, pieces), run("learned", mesh, 1, "report"))
 
 
+@pytest.mark.slow
 def test_fp8_on_the_way_is_the_same_on_every_mesh():
     """Tokens are rounded once, wherever their experts are, and a second hop changes nothing."""
     params, bias = parameters()
