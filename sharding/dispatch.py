@@ -74,7 +74,7 @@ class Places(NamedTuple):
     group [size n_groups]: how many copies, where they begin here and where at the peer.
     """
 
-    source: jax.Array  # [slots] the row that goes into each slot; any row where none does
+    copy: jax.Array  # [slots] what goes into each slot; any copy where none does
     back: jax.Array  # [t C] slot of each copy; past the end if it is not of this round
     sent: jax.Array
     sent_from: jax.Array
@@ -123,7 +123,7 @@ def plan_rounds(keys: jax.Array, hop: Hop) -> Plan:
 def places(plan: Plan, hop: Hop, index) -> Places:
     """Round `index` of the plan."""
     me = lax.axis_index(hop.axes) if hop.size > 1 else 0
-    first, choices = index * hop.capacity, plan.peer.shape[1]
+    first = index * hop.capacity
     start = _before(plan.copies[me].sum(1))[:, None] + first
     position = (start + jnp.arange(hop.capacity)[None, :]).reshape(-1)
     slot = plan.peer * hop.capacity + plan.offset - first
@@ -137,7 +137,7 @@ def places(plan: Plan, hop: Hop, index) -> Places:
     grouped = jnp.cumsum(moved, 0) - moved + _before(moved.sum(0))[None, :, :]
     target = jnp.broadcast_to(slots[:, None, None], moved.shape) if hop.loose else grouped
     return Places(
-        source=plan.order.at[position].get(mode="clip") // choices,
+        copy=plan.order.at[position].get(mode="clip"),
         back=jnp.where(mine, slot, position.size),
         sent=moved[me],
         sent_from=begin[me],
@@ -148,13 +148,9 @@ def places(plan: Plan, hop: Hop, index) -> Places:
     )
 
 
-def of_copies(at: Places, plan: Plan, hop: Hop, index) -> Places:
+def of_copies(at: Places) -> Places:
     """The same round for an array [t*C ...] that has an entry a copy instead of a row."""
-    me = lax.axis_index(hop.axes) if hop.size > 1 else 0
-    start = _before(plan.copies[me].sum(1))[:, None] + index * hop.capacity
-    position = (start + jnp.arange(hop.capacity)[None, :]).reshape(-1)
-    copies = plan.order.at[position].get(mode="clip")
-    return at._replace(source=copies, back=at.back.reshape(-1, 1))
+    return at._replace(back=at.back.reshape(-1, 1))
 
 
 def _before(sizes: jax.Array) -> jax.Array:
@@ -180,7 +176,8 @@ def dispatch(rows: jax.Array, at: Places, hop: Hop) -> jax.Array:
 
     They come in the order of their groups, from the front, or each peer's in the slots it has.
     """
-    outbox = jax.tree.map(lambda x: x.at[at.source].get(mode="clip"), hop.wire.encode(rows))
+    source = at.copy // at.back.shape[1]
+    outbox = jax.tree.map(lambda x: x.at[source].get(mode="clip"), hop.wire.encode(rows))
     send = _send_ragged if hop.ragged else _send_padded
     return hop.wire.decode(jax.tree.map(lambda x: send(x, at, hop), outbox), rows.dtype)
 

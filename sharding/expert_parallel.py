@@ -119,7 +119,7 @@ def _over_ranks(fn, params, rows, weights, ids, route: Route):
         at = places(plan, hop, index)
         received = dispatch(rows, at, hop)
         plain = hop._replace(wire=PLAIN)
-        gates = dispatch(weights.reshape(-1, 1), of_copies(at, plan, hop, index), plain)
+        gates = dispatch(weights.reshape(-1, 1), of_copies(at), plain)
         out = fn(params, received, gates[:, 0], at.sizes)
         return combine(out, at, hop), Traffic(jnp.int32(1), at.sizes.sum())
 
