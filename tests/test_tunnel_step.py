@@ -109,7 +109,7 @@ def test_bytes_between_nodes():
     """
     settings = [f"--set={assignment}" for assignment in ("train.batch=64", *SMALL[:3])]
     ragged = ("--set=parallel.transport=ragged", "--set=model.moe.n_experts=64")
-    arguments = ("dp1,ep8x8", "v5p:4x4x4", "--stop-at=schedule", *settings, *ragged)
+    arguments = ("dp1,ep8x8", "v5p:8x8x1", "--stop-at=schedule", *settings, *ragged)
     found, _ = tunnel("dsv3_671b", *arguments)
     moved = found["layers"]["forward"]["exchanged_bytes_per_token"]
     assert moved["node"] == pytest.approx(4 * 7168 * 3, rel=0.1)
