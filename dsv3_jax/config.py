@@ -75,10 +75,9 @@ class MoEConfig:
 
     def __post_init__(self):
         _check_positive(self, "moe", "n_experts", "hidden", "top_k", "n_groups", "n_groups_kept")
-        if self.n_shared < 0:
-            raise ValueError(f"moe.n_shared={self.n_shared} must not be negative")
-        if self.n_redundant < 0:
-            raise ValueError(f"moe.n_redundant={self.n_redundant} must not be negative")
+        for name in ("n_shared", "n_redundant"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"moe.{name}={getattr(self, name)} must not be negative")
         _check_multiple("moe.n_experts", self.n_experts, "moe.n_groups", self.n_groups)
         if self.n_groups_kept > self.n_groups:
             raise ValueError(

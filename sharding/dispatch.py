@@ -14,9 +14,9 @@ to another, so its buffers are bounded whatever the copies want:
 way out rows travel in the `Wire`'s format, in the gradient of `combine` as well; on the way back
 always as they are (report sec. 3.3.3).
 
-Two transports carry the same rounds. The padded one sends full rounds by `all_to_all` and sorts
-what arrived. The ragged one sends what there is by `ragged_all_to_all`, each piece straight to its
-place (checked here by an emulation, compiled for v5p).
+Two transports carry the same rounds. The padded one sends full rounds by `all_to_all` and puts in
+order what arrived. The ragged one sends what there is by `ragged_all_to_all`, each piece straight
+to its place (checked here by an emulation, compiled for v5p).
 """
 
 import functools

@@ -189,8 +189,8 @@ def _further_rounds_backward(one_round, saved, grads):
 
     def body(i, totals):
         _, pull = jax.vjp(lambda *inputs: one_round(i, *inputs, plan)[0], *inputs)
-        add = lambda total, d: total + d.astype(total.dtype)  # noqa: E731
-        return jax.tree.map(add, totals, pull(grads[0]))
+        d_inputs = pull(grads[0])
+        return jax.tree.map(lambda total, d: total + d.astype(total.dtype), totals, d_inputs)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(inputs))
     totals = lax.fori_loop(1, n_rounds, body, zeros)

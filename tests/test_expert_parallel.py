@@ -167,7 +167,10 @@ def test_random_routings(mesh, pairs, rows):
     check(mesh, pairs, cases()[:N_RANDOM], rows)
 
 
-@pytest.mark.parametrize("mesh, pairs, rows", [("ep4", 16, 0), ("dp2,ep2x2", 20, 8)])
+@pytest.mark.parametrize(
+    "mesh, pairs, rows",
+    [("ep4", 16, 0), pytest.param("dp2,ep2x2", 20, 8, marks=pytest.mark.slow)],
+)
 def test_ragged_transport(mesh, pairs, rows, monkeypatch):
     """The same rounds by `ragged_all_to_all`, which XLA's CPU backend lacks: it is emulated."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged)

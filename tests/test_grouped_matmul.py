@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.grouped import assert_close, grouped_products
 
 from dsv3_jax.numerics.grouped_matmul import _block_sizes, grouped_matmul
 
@@ -40,19 +41,6 @@ def inputs(n_rows: int, n_groups: int):
     return [rng.normal(size=shape) for shape in shapes]
 
 
-def reference(rows, weights, grad, sizes):
-    """Output and gradients of rows and weights, one row at a time."""
-    out, d_rows, d_weights = np.zeros_like(grad), np.zeros_like(rows), np.zeros_like(weights)
-    row = 0
-    for group, size in enumerate(sizes):
-        for _ in range(size):
-            out[row] = rows[row] @ weights[group]
-            d_rows[row] = weights[group] @ grad[row]
-            d_weights[group] += np.outer(rows[row], grad[row])
-            row += 1
-    return out, d_rows, d_weights
-
-
 @functools.partial(jax.jit, static_argnums=4)
 def run(rows, weights, grad, sizes, platform="cpu"):
     def product(rows, weights):
@@ -62,19 +50,13 @@ def run(rows, weights, grad, sizes, platform="cpu"):
     return out, *pull(grad)
 
 
-def assert_close(got, want, tolerance):
-    """Within `tolerance` of the largest value."""
-    got = np.asarray(got, np.float64)
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max(initial=1.0))
-
-
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_a_loop(case, platform):
     """The walk, and the ragged product of TPUs, which XLA expands on the CPU."""
     n_rows, sizes = CASES[case]
     arrays = inputs(n_rows, len(sizes))
-    want = reference(*arrays, sizes)
+    want = grouped_products(*arrays, sizes)
     wide = (jnp.asarray(x, jnp.float32) for x in arrays)
     out, d_rows, d_weights = run(*wide, jnp.asarray(sizes, jnp.int32), platform)
     inside = slice(sum(sizes))
@@ -104,7 +86,7 @@ def test_blocks_halve_from_512_to_a_balanced_group(n_rows, sizes):
 def test_bfloat16(case):
     n_rows, sizes = CASES[case]
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(n_rows, len(sizes))]
-    want = reference(*(np.asarray(x, np.float64) for x in arrays), sizes)
+    want = grouped_products(*arrays, sizes)
     got = run(*arrays, jnp.asarray(sizes, jnp.int32))
     for one, other in zip(got, want, strict=True):
         assert one.dtype == jnp.bfloat16
@@ -149,10 +131,10 @@ def test_under_a_scan_of_stacked_weights():
     narrow = rows.astype(np.float32), stacked.astype(np.float32)
     d_rows, d_stacked = jax.jit(jax.grad(loss, argnums=(0, 1)))(*narrow)
     zero = np.zeros_like(rows)
-    first = reference(rows, stacked[0], zero, sizes)[0]
-    second = reference(first, stacked[1], zero, sizes)[0]
-    _, d_first, d_second_weights = reference(first, stacked[1], 2 * second, sizes)
-    _, want_rows, d_first_weights = reference(rows, stacked[0], d_first, sizes)
+    first = grouped_products(rows, stacked[0], zero, sizes)[0]
+    second = grouped_products(first, stacked[1], zero, sizes)[0]
+    _, d_first, d_second_weights = grouped_products(first, stacked[1], 2 * second, sizes)
+    _, want_rows, d_first_weights = grouped_products(rows, stacked[0], d_first, sizes)
     assert_close(d_rows, want_rows, 1e-5)
     assert_close(d_stacked[0], d_first_weights, 1e-5)
     assert_close(d_stacked[1], d_second_weights, 1e-5)

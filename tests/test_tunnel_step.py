@@ -88,7 +88,7 @@ def test_figures_of_16():
     "topology, more, gib, exposed, mfu",
     [
         ("v5p:8x8x16", (), 25, 0.35, 0.44),
-        ("tpu7x:8x8x8", ("--stop-at=schedule",), 45, 0.85, 0.14),  # its devices share links
+        ("tpu7x:8x8x8", ("--stop-at=schedule",), 45, 0.75, 0.14),  # its devices share links
     ],
 )
 def test_671b_on_1024_devices(topology, more, gib, exposed, mfu):

@@ -82,8 +82,8 @@ def _gpu_gradients(rows, weights, sizes, grad):
 def _walked_product(rows, weights, sizes):
     def group(out, w, first, stop):
         def block(out, start, mine):
-            y = jnp.einsum("rD,DF->rF", _rows(rows, start, mine.size), w)
-            return _write(out, y, start, mine)
+            x = lax.dynamic_slice_in_dim(rows, start, mine.size)
+            return _write(out, jnp.einsum("rD,DF->rF", x, w), start, mine)
 
         return _blocks(rows, sizes, first, stop, block, out), None
 
@@ -97,7 +97,8 @@ def _walked_gradients(rows, weights, sizes, grad):
     def group(d_rows, w, first, stop):
         def block(carry, start, mine):
             d_rows, d_w = carry
-            x, g = (jnp.where(mine, _rows(part, start, mine.size), 0) for part in (rows, grad))
+            parts = (lax.dynamic_slice_in_dim(part, start, mine.size) for part in (rows, grad))
+            x, g = (jnp.where(mine, part, 0) for part in parts)
             d_rows = _write(d_rows, jnp.einsum("rF,DF->rD", g, w), start, mine)
             wide = {"preferred_element_type": jnp.float32}
             return d_rows, d_w + jnp.einsum("rD,rF->DF", x, g, **wide)
@@ -125,8 +126,9 @@ def _blocks(rows, sizes, first, stop, block: Callable, carry):
     The last block may begin early, or reach into the next groups: `mine` says so.
     """
     n_rows = rows.shape[0]
-    for n in _block_sizes(n_rows, sizes.size):
-        last = n == _block_sizes(n_rows, sizes.size)[-1]
+    block_sizes = _block_sizes(n_rows, sizes.size)
+    for n in block_sizes:
+        last = n == block_sizes[-1]
         count = (stop - first + (n - 1 if last else 0)) // n
 
         def body(i, carry, n=n, begin=first):
@@ -150,13 +152,9 @@ def _block_sizes(n_rows: int, n_groups: int) -> list[int]:
     return sizes
 
 
-def _rows(x, start, n: int):
-    return lax.dynamic_slice_in_dim(x, start, n)
-
-
 def _write(out, y, start, mine):
     """Put the rows of `y` that belong to the block where they came from."""
-    y = jnp.where(mine, y, _rows(out, start, mine.size))
+    y = jnp.where(mine, y, lax.dynamic_slice_in_dim(out, start, mine.size))
     return lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
 

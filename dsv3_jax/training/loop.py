@@ -107,9 +107,9 @@ class Run:
     def _start(self, optimizer) -> TrainState:
         """The newest checkpoint's state, or a fresh one; sets where the run starts."""
         abstract = abstract_state(self.config, optimizer, self.mesh, self.layout)
-        self.redundancy = Redundancy(self.config, self.mesh)
         self.first = self.checkpoints.latest_step() or 0
         if not self.first:
+            self.redundancy = Redundancy(self.config, self.mesh)
             if self.config.init_from is None:
                 return fresh_state(self.config, optimizer, abstract)
             return state_from(open_weights(self.config.init_from), optimizer, abstract)
@@ -172,14 +172,13 @@ class Run:
     def _report(self, log, progress, step: int, numbers: Metrics, since: float) -> float:
         """Log one step's numbers once it has run; returns when that was."""
         numbers = jax.device_get(numbers)
-        if numbers.router is not None:
-            self._check(step, numbers.router.lost)
         now = time.perf_counter()
         speed = self.tokens_per_step / (now - since)
-        log.log(self._row(step, numbers) | {"tokens_per_second": speed})
         if numbers.router is not None:
+            self._check(step, numbers.router.lost)
             self.loads.add(step, numbers.router.load)
             self.redundancy.observe(step, numbers.router.load)
+        log.log(self._row(step, numbers) | {"tokens_per_second": speed})
         progress.update(
             step,
             loss=float(numbers.losses.main),
@@ -192,10 +191,10 @@ class Run:
         """Raise a FloatingPointError that names the layers whose router had no finite logits."""
         if not lost.any():
             return
-        n_moe = self.config.model.n_moe_layers - self.config.model.mtp_depth
+        end = self.config.model.n_layers
         names = [
-            f"layer {i + self.config.model.n_dense}" if i < n_moe else f"MTP module {i - n_moe + 1}"
-            for i in np.flatnonzero(lost)
+            f"layer {layer}" if layer < end else f"MTP module {layer - end + 1}"
+            for layer in np.flatnonzero(lost) + self.config.model.n_dense
         ]
         saved = self.checkpoints.latest_step()
         kept = f"the newest checkpoint is that of step {saved}" if saved else "there is none yet"

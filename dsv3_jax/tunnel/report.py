@@ -166,4 +166,4 @@ def exchanged(schedule: Schedule, n_tokens: float, mesh: MeshSpec) -> dict[str, 
             axes = ",".join(mesh_axes(members, mesh.sizes))
             moved = exchange.times * payload / (1 - 1 / len(members)) / n_tokens
             found[axes] = found.get(axes, 0.0) + moved
-    return found
+    return dict(sorted(found.items()))

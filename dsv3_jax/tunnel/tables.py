@@ -134,16 +134,16 @@ def layers(report: dict) -> rich.table.Table:
         [way, clock(row["seconds"]), clock(row["compute_seconds"])]
         + [clock(row["communication_seconds"]), f"{row['exposed_share']:.1%}"]
         + [f"{row['all_to_alls_beside_products']:,.0f} of {row['all_to_alls']:,.0f}"]
-        + ["\n".join(f"{axes} {n / 1e3:.1f} KB" for axes, n in moved(row))]
+        + [by_axes(row["exchanged_bytes_per_token"])]
         for way, row in report["layers"].items()
     ]
     header = ["", "time", "compute", "communication", "exposed", "all-to-alls beside products"]
     return table("The longest layer", [*header, "exchanged a token"], rows)
 
 
-def moved(row: dict) -> list[tuple[str, float]]:
-    """Mesh axes and bytes that a token's rows take along them."""
-    return sorted(row["exchanged_bytes_per_token"].items())
+def by_axes(moved: dict[str, float]) -> str:
+    """Bytes along mesh axes, a line each."""
+    return "\n".join(f"{axes} {n_bytes / 1e3:.1f} KB" for axes, n_bytes in moved.items())
 
 
 def notes(report: dict) -> list[str]:
