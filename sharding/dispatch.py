@@ -186,7 +186,9 @@ def dispatch(rows: jax.Array, at: Places, hop: Hop) -> jax.Array:
 def combine(out: jax.Array, at: Places, hop: Hop) -> jax.Array:
     """Results [r D] in the order of `dispatch` -> [t D], summed over the copies of each row."""
     returned = _return_ragged(out, at, hop) if hop.ragged else _return_padded(out, at, hop)
-    return returned.at[at.back].get(mode="fill", fill_value=0).sum(1)
+    slots = jnp.moveaxis(at.back, 1, 0)  # one gather a copy: all at once would fill [t C D]
+    copies = (returned.at[slot].get(mode="fill", fill_value=0) for slot in slots)
+    return sum(copy.astype(jnp.float32) for copy in copies).astype(out.dtype)
 
 
 dispatch.defvjp(

@@ -71,14 +71,14 @@ def test_matches_a_loop(case, platform):
         (1, [1]),
         (7, [7]),
         (8, [8]),
-        (36, [32, 16]),
-        (200, [128, 64]),
-        (700, [512, 256, 128, 64]),
-        (9999, [512, 256, 128, 64]),
+        (36, [16, 24, 32]),
+        (200, [64, 96, 128]),
+        (700, [64, 96, 128, 192, 256, 384, 512]),
+        (9999, [64, 96, 128, 192, 256, 384, 512]),
     ],
 )
-def test_blocks_halve_from_512_to_a_balanced_group(n_rows, sizes):
-    """To 64 at most, to 8 at least; never more than there are rows."""
+def test_blocks_grow_from_a_balanced_group_to_512(n_rows, sizes):
+    """From 8 at least, from 64 at most; never more than there are rows."""
     assert _block_sizes(n_rows, 4) == sizes
 
 

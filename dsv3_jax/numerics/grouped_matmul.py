@@ -1,13 +1,14 @@
 """Grouped matmul: rows sorted by expert, each group times its own expert's matrix.
 
 On TPUs XLA's kernel for ragged products, on GPUs our Pallas kernel. Elsewhere, and as the
-reference, a walk: group by group, each in blocks of rows that halve from `LARGEST` to `SMALLEST`,
-of which only the last can be cut short. So rows need no padding or alignment, a group's matrix is
-fetched once and its gradient written once, and the work is that of the rows that exist (plus, on
-average, half of the smallest block an expert), not of the buffer that holds them.
+reference, a walk: group by group, each in blocks of `LARGEST` rows and one of the least of a few
+sizes that holds what is left. So rows need no padding or alignment, a group's matrix is fetched
+once and its gradient written once, and the work is that of the rows that exist (plus a sixth of
+the last block, on average), not of the buffer that holds them.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -127,28 +128,29 @@ def _blocks(rows, sizes, first, stop, block: Callable, carry):
     """
     n_rows = rows.shape[0]
     block_sizes = _block_sizes(n_rows, sizes.size)
-    for n in block_sizes:
-        last = n == block_sizes[-1]
-        count = (stop - first + (n - 1 if last else 0)) // n
+    full = (stop - first) // block_sizes[-1]
+    rest = first + full * block_sizes[-1]
+    turns = [(block_sizes[-1], first, full)]
+    for below, n in itertools.pairwise([0, *block_sizes]):
+        turns.append((n, rest, (stop - rest > below) & (stop - rest <= n)))
+    for n, begin, count in turns:  # loops without a turn instead of branches, which would copy
 
-        def body(i, carry, n=n, begin=first):
+        def body(i, carry, n=n, begin=begin):
             wanted = begin + i * n
             start = jnp.minimum(wanted, n_rows - n)
             row = start + jnp.arange(n)
             return block(carry, start, ((row >= wanted) & (row < stop))[:, None])
 
-        carry = lax.fori_loop(0, count, body, carry)
-        first = first + count * n
+        carry = lax.fori_loop(0, jnp.int32(count), body, carry)
     return carry
 
 
 def _block_sizes(n_rows: int, n_groups: int) -> list[int]:
-    """Rows of blocks, in powers of two: down to those of a balanced group, but 8 to `SMALLEST`."""
+    """Rows of blocks, in steps of 4/3 and 3/2, from those of a balanced group or fewer up."""
     balanced = 1 << (max(n_rows // n_groups, 8) - 1).bit_length()
-    smallest = min(balanced, SMALLEST, n_rows)
-    sizes = [smallest]
-    while 2 * sizes[0] <= min(LARGEST, n_rows):
-        sizes.insert(0, 2 * sizes[0])
+    sizes = [min(balanced, SMALLEST, n_rows)]
+    while 2 * sizes[-1] <= min(LARGEST, n_rows):
+        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return sizes
 
 

@@ -1,0 +1,38 @@
+"""DeepSeek-V3 as pre-trained: 61 layers, 256 experts, length 4096, 14.8T tokens (report sec. 4.2).
+
+python train.py --config=dsv3_671b --mesh=dp16,ep64 --set data.source=/data/*.jsonl
+"""
+
+from dsv3_jax.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        name="dsv3_671b",
+        model=ModelConfig(
+            vocab_size=129_280,
+            width=7168,
+            n_layers=61,
+            n_dense=3,
+            dense_hidden=18_432,
+            attention=AttentionConfig(
+                n_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128
+            ),
+            moe=MoEConfig(
+                n_experts=256, n_shared=1, hidden=2048, top_k=8, n_groups=8, n_groups_kept=4
+            ),
+        ),
+        train=TrainConfig(batch=15_360, seq_len=4096, steps=235_240),
+        data=DataConfig(tokenizer="deepseek"),
+        precision=PrecisionConfig(dispatch="fp8"),
+        parallel=ParallelConfig(zero=3, remat="full", pieces=2),
+    )

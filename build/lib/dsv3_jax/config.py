@@ -1,0 +1,321 @@
+"""What a run is: one frozen `Config`, checked where it is made."""
+
+import dataclasses
+
+from sharding.mesh import MeshSpec
+
+
+def _check_positive(config, section: str, *names: str):
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{section}.{name}={getattr(config, name)} must be positive")
+
+
+def _check_choice(name: str, value, known: tuple):
+    if value not in known:
+        raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, known))}")
+
+
+def _check_multiple(of: str, value: int, by: str, unit: int):
+    if value % unit:
+        raise ValueError(f"{of}={value} must be a multiple of {by}={unit}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """Context extension of the rotary frequencies (report sec. 4.3; lengths in tokens)."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self):
+        _check_positive(self, "yarn", "factor", "original_length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Sizes of multi-head latent attention (report sec. 2.1.1)."""
+
+    n_heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    rope_base: float = 10_000.0
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self):
+        _check_positive(
+            self, "attention", "n_heads", "kv_rank", "nope_dim", "rope_dim", "value_dim"
+        )
+        if self.rope_dim % 2:
+            raise ValueError(
+                f"attention.rope_dim={self.rope_dim} must be even: dims rotate in pairs"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Sizes of DeepSeekMoE and its node-limited router (report sec. 2.1.2)."""
+
+    n_experts: int
+    n_shared: int
+    hidden: int
+    top_k: int
+    n_groups: int = 1
+    n_groups_kept: int = 1
+    scale: float = 2.5
+    normalize: bool = True
+    n_redundant: int = 0  # slots for replicas of busy experts, shared out over the ranks
+
+    def __post_init__(self):
+        _check_positive(self, "moe", "n_experts", "hidden", "top_k", "n_groups", "n_groups_kept")
+        for name in ("n_shared", "n_redundant"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"moe.{name}={getattr(self, name)} must not be negative")
+        _check_multiple("moe.n_experts", self.n_experts, "moe.n_groups", self.n_groups)
+        if self.n_groups_kept > self.n_groups:
+            raise ValueError(
+                f"moe.n_groups_kept={self.n_groups_kept} exceeds moe.n_groups={self.n_groups}"
+            )
+        reachable = self.n_groups_kept * (self.n_experts // self.n_groups)
+        if self.top_k > reachable:
+            raise ValueError(
+                f"moe.top_k={self.top_k} exceeds the {reachable} experts that "
+                f"moe.n_groups_kept={self.n_groups_kept} of {self.n_groups} groups hold"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture: `n_dense` leading dense blocks, then MoE blocks, then MTP modules."""
+
+    vocab_size: int
+    width: int
+    n_layers: int
+    n_dense: int
+    dense_hidden: int
+    attention: AttentionConfig
+    moe: MoEConfig | None
+    mtp_depth: int = 1
+    norm_eps: float = 1e-6
+    init_std: float = 0.006
+
+    def __post_init__(self):
+        _check_positive(
+            self, "model", "vocab_size", "width", "n_layers", "dense_hidden", "init_std"
+        )
+        if not 0 <= self.n_dense <= self.n_layers:
+            raise ValueError(
+                f"model.n_dense={self.n_dense} must be in 0..{self.n_layers} (model.n_layers)"
+            )
+        if self.moe is None and (self.n_dense < self.n_layers or self.mtp_depth):
+            raise ValueError(
+                f"model.moe is None, so model.n_dense={self.n_dense} must equal "
+                f"model.n_layers={self.n_layers} and model.mtp_depth={self.mtp_depth} must be 0"
+            )
+        if self.mtp_depth < 0:
+            raise ValueError(f"model.mtp_depth={self.mtp_depth} must not be negative")
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Layers with experts, those of MTP included."""
+        return self.n_layers - self.n_dense + self.mtp_depth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from: "instant", or a file, folder, glob or .jsonl; how it is tokenized."""
+
+    source: str = "instant"
+    text_field: str = "text"
+    tokenizer: str = "bpe"
+    held_out: float = 0.02
+    cache_dir: str = "runs/cache"
+
+    def __post_init__(self):
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(
+                f"data.held_out={self.held_out} must lie between 0 and 1 (a share of the text)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the report's learning-rate shape (sec. 4.2): warm-up in steps, the rest in tokens.
+
+    The rate rises linearly to `peak_lr`, stays until `constant_tokens`, falls on a cosine to
+    `decayed_lr` over `decay_tokens`, stays until `tail_tokens`, and ends at `tail_lr`.
+    """
+
+    peak_lr: float = 2.2e-4
+    decayed_lr: float = 2.2e-5
+    tail_lr: float = 7.3e-6
+    warmup_steps: int = 2000
+    constant_tokens: float = 10e12
+    decay_tokens: float = 4.3e12
+    tail_tokens: float = 14.633e12
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self):
+        _check_positive(self, "optimizer", "peak_lr", "clip", "eps", "decay_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the auxiliary losses, and the balance bias; both change once, by tokens seen.
+
+    Sources: report sec. 2.1.2 (balance), 2.2 (MTP), 4.2 (values).
+    """
+
+    mtp_weight: float = 0.3
+    mtp_weight_late: float = 0.1
+    mtp_late_tokens: float = 10e12
+    balance_weight: float = 1e-4
+    bias_rate: float = 1e-3
+    bias_stop_tokens: float = 14.3e12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats by role (report sec. 3.3): compute, master weights, Adam moments, dispatch.
+
+    `dispatch` is what tokens travel to their experts in, and in the backward the gradients of what
+    comes back: "compute", or "fp8" in tiles of 1x128 with power-of-two scales (sec. 3.3.3).
+    """
+
+    compute: str = "bfloat16"
+    master: str = "float32"
+    moments: str = "bfloat16"
+    dispatch: str = "compute"
+
+    def __post_init__(self):
+        _check_choice("precision.dispatch", self.dispatch, ("compute", "fp8"))
+        for name in ("compute", "master", "moments"):
+            _check_choice(f"precision.{name}", getattr(self, name), ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the program lies on the mesh and in time: ZeRO level, remat policy, and more.
+
+    `capacity` is the receive buffer of one dispatch round over a balanced load; what does not fit
+    travels in a further round, so no token is dropped at any value. `transport` is how a round
+    travels: "padded" by all-to-alls of full buffers, or "ragged" by those of what there is, which
+    XLA has for TPU and GPU only. `unroll` layers run in one turn
+    of the loop over layers: less copying for more compile time. `pieces` cuts the sequence in
+    layers with experts, so that the exchange of one piece runs beside the products of another.
+    Redundant experts are placed anew every `place_every` steps, by the load since.
+    """
+
+    zero: int = 1
+    remat: str = "report"
+    capacity: float = 1.25
+    transport: str = "padded"
+    unroll: int = 1
+    pieces: int = 1
+    place_every: int = 100
+
+    def __post_init__(self):
+        _check_positive(self, "parallel", "unroll", "pieces", "place_every")
+        _check_choice("parallel.transport", self.transport, ("padded", "ragged"))
+        _check_choice("parallel.zero", self.zero, (1, 3))
+        _check_choice("parallel.remat", self.remat, ("report", "full", "none"))
+        if self.capacity < 1.0:
+            raise ValueError(
+                f"parallel.capacity={self.capacity} must be at least 1 (balanced load)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of a run. `batch` counts sequences of `seq_len` tokens over the whole mesh."""
+
+    batch: int
+    seq_len: int
+    steps: int
+    seed: int = 0
+    eval_every: int = 100
+    eval_batches: int = 8
+    sample_tokens: int = 64
+
+    def __post_init__(self):
+        _check_positive(self, "train", "batch", "seq_len", "steps", "eval_every", "eval_batches")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Save every `every` steps and keep the newest `keep`."""
+
+    every: int = 100
+    keep: int = 3
+
+    def __post_init__(self):
+        _check_positive(self, "checkpoint", "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run is made of; `configs/*.py` hold the presets."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    init_from: str | None = None  # a folder whose weights a fresh run starts with
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    losses: LossConfig = LossConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        length, pieces = self.train.seq_len, self.parallel.pieces
+        _check_multiple("train.seq_len", length, "parallel.pieces", pieces)
+
+
+def check_mesh(config: Config, mesh: MeshSpec):
+    """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`.
+
+    Pipeline stages are a NotImplementedError.
+    """
+    if mesh.pp > 1:
+        raise NotImplementedError(
+            f"mesh {mesh}: pp={mesh.pp} comes with the pipeline, which is not built yet; use "
+            f"--mesh={dataclasses.replace(mesh, pp=1, dp=mesh.dp * mesh.pp)} on as many devices"
+        )
+    batch = config.train.batch
+    _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
+    check_model_mesh(config.model, mesh)
+
+
+def check_model_mesh(model: ModelConfig, mesh: MeshSpec):
+    """Raise a ValueError unless the parameters of `model` can be divided over `mesh`."""
+    sizes = {"model.vocab_size": model.vocab_size, "model.width": model.width}
+    if model.moe:
+        sizes = {"model.moe.n_experts": model.moe.n_experts} | sizes
+        if extra := model.moe.n_redundant:
+            _check_divides(f"model.moe.n_redundant={extra}", extra, "ep", mesh.ep, mesh)
+        groups = model.moe.n_groups
+        if mesh.nodes > 1:
+            _check_divides(f"model.moe.n_groups={groups}", groups, "nodes", mesh.nodes, mesh)
+    for name, size in sizes.items():
+        _check_divides(f"{name}={size}", size, "ep", mesh.ep, mesh)
+
+
+def _check_divides(what: str, size: int, axis: str, shares: int, mesh: MeshSpec):
+    if size % shares:
+        fits = max(n for n in range(1, shares + 1) if size % n == 0)
+        raise ValueError(
+            f"mesh {mesh}: {what} cannot be divided over {axis}={shares}; nearest that work: "
+            f"{axis}={fits}, or {max(size // shares, 1) * shares} instead of {size}"
+        )

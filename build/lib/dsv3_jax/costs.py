@@ -1,0 +1,26 @@
+"""What a model costs on paper: parameters in use and FLOPs."""
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import count_parameters
+
+
+def activated_parameters(config: ModelConfig) -> int:
+    """Parameters of the main model that one token meets, embedding included (report sec. 2)."""
+    total = count_parameters(config)["main"]
+    if config.moe is None:
+        return total
+    idle = config.moe.n_experts - config.moe.top_k
+    per_expert = 3 * config.width * config.moe.hidden
+    return total - (config.n_layers - config.n_dense) * idle * per_expert
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward, causal, without MTP and recomputation.
+
+    6 a parameter that is multiplied, and attention's two products over half of the T x T pairs.
+    Source: hardware paper (arXiv 2505.09343), table 2, whose 250 GFLOP at 4096 this gives.
+    """
+    a = config.attention
+    multiplied = activated_parameters(config) - config.vocab_size * config.width
+    scores = seq_len * a.n_heads * (a.nope_dim + a.rope_dim + a.value_dim)  # 2 * T/2 each
+    return 6.0 * multiplied + 3.0 * config.n_layers * scores

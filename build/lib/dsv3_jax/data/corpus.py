@@ -1,0 +1,97 @@
+"""From a `DataConfig` to rows of tokens: split, tokenize and pack once, then read the cache."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from dsv3_jax.config import DataConfig
+from dsv3_jax.data.cache import cached, key
+from dsv3_jax.data.packing import PackedRows, tokenize, unigram_entropy
+from dsv3_jax.data.source import documents, identity
+from dsv3_jax.data.split import split
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+BPE_SAMPLE = 4_000_000  # characters
+
+Sides = Callable[[], tuple[list[str], list[str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Both sides of the text as rows, and what made them.
+
+    `unigram_entropy` is in nats a token of the held-out text: the least cross-entropy of a model
+    that knows how often each token occurs there, and nothing else.
+    """
+
+    train: PackedRows
+    held_out: PackedRows
+    tokenizer: Tokenizer
+    unigram_entropy: float
+    n_train_tokens: int
+
+
+def load(data: DataConfig, *, vocab_size: int, seq_len: int, extra: int) -> Corpus:
+    """The corpus that `data` names, in rows of `seq_len + extra` tokens.
+
+    The first call tokenizes, with the text in memory; later ones read `data.cache_dir`, until the
+    files, the tokenizer or the settings that decide the tokens change.
+
+    Raises:
+        FileNotFoundError: no such source or tokenizer.
+        ValueError: too little text, or a tokenizer with more than `vocab_size` ids.
+    """
+    origin = [identity(data.source), data.text_field, data.held_out]
+    sides = functools.cache(lambda: split(documents(data.source, data.text_field), data.held_out))
+    if data.tokenizer == "bpe":
+        tokenizer = _trained_tokenizer(data, vocab_size, origin, sides)
+    else:
+        tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
+            f"model.vocab_size={vocab_size}; set model.vocab_size to at least "
+            f"{tokenizer.vocab_size}, or data.tokenizer='bpe' to train one that fits"
+        )
+    train, held_out = _packed_tokens(data, tokenizer, origin, sides)
+    return Corpus(
+        train=PackedRows(train, seq_len, extra),
+        held_out=PackedRows(held_out, seq_len, extra),
+        tokenizer=tokenizer,
+        unigram_entropy=unigram_entropy(held_out),
+        n_train_tokens=len(train),
+    )
+
+
+def _trained_tokenizer(data: DataConfig, vocab_size: int, origin: list, sides: Sides) -> Tokenizer:
+    """A BPE of an even sample of the train text."""
+
+    def build(folder: Path) -> None:
+        texts = sides()[0]
+        stride = -(-sum(map(len, texts)) // BPE_SAMPLE)
+        with Console().status(f"training a BPE of {vocab_size} tokens"):
+            tokenizer = train_bpe(texts[::stride], vocab_size)
+        tokenizer.backend.save(str(folder / "tokenizer.json"))
+
+    folder = cached(Path(data.cache_dir, f"bpe-{key(origin, vocab_size)}"), build)
+    return load_tokenizer(str(folder / "tokenizer.json"))
+
+
+def _packed_tokens(
+    data: DataConfig, tokenizer: Tokenizer, origin: list, sides: Sides
+) -> tuple[np.ndarray, np.ndarray]:
+    """The flat train and held-out tokens, mapped from disk."""
+
+    def build(folder: Path) -> None:
+        for name, texts in zip(("train", "held_out"), sides(), strict=True):
+            np.save(folder / f"{name}.npy", tokenize(texts, tokenizer, name))
+
+    folder = cached(Path(data.cache_dir, f"tokens-{key(origin, tokenizer.fingerprint)}"), build)
+    return (
+        np.load(folder / "train.npy", mmap_mode="r"),
+        np.load(folder / "held_out.npy", mmap_mode="r"),
+    )

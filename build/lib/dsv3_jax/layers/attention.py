@@ -1,0 +1,134 @@
+"""Causal attention of the last T tokens of a text to all S of it, softmax in float32.
+
+On TPUs a fused kernel, elsewhere products of some queries at a time; both leave out what lies in
+the future and keep of the scores only their log-sum-exp or weights.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+
+from dsv3_jax.shapes import Array, Float, Int
+
+QUERY_CHUNK = 512  # query positions whose scores exist at a time
+KERNEL_BLOCK = 512  # most queries and keys in a block of the TPU kernel
+KERNEL_LANES = 128  # the kernel takes whole multiples of this many tokens
+
+
+def causal_attention(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H S K"],
+    v: Float[Array, "B H S O"],
+    scale: float,
+    start: Int[Array, "B S"] | None = None,
+    platform: str = "cpu",
+) -> Float[Array, "B H T O"]:
+    """softmax(q k^T * scale) v over the past; the queries are those of the last T of S places.
+
+    Args:
+        start: the place where the text of each token begins, at most its own; None if that is 0.
+            It leaves out padding on the left, and other documents of the same row.
+        platform: of the devices; on "tpu" the fused kernel, if T and S are multiples of 128.
+    """
+    if platform == "tpu" and not (q.shape[2] % KERNEL_LANES or k.shape[2] % KERNEL_LANES):
+        return fused_attention(q, k, v, scale, start)
+    return chunked_attention(q, k, v, scale, start)
+
+
+def fused_attention(q, k, v, scale: float, start=None, interpret: bool = False):
+    """`causal_attention` by JAX's splash attention kernel for TPUs.
+
+    Compiled for v5p and tpu7x; its numbers are compared with `chunked_attention` in interpret mode.
+    Source: FlashAttention (arXiv 2205.14135); MLA's keys of 192 and values of 128 dims fit.
+    """
+    n_heads, n_queries, n_keys = q.shape[1], q.shape[2], k.shape[2]
+    mask = splash_attention_mask.CausalMask((n_queries, n_keys), offset=n_keys - n_queries)
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * n_heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=_block_sizes(n_queries, n_keys),
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+    q = (q * scale).astype(q.dtype)
+    if start is None:
+        return jax.vmap(kernel)(q, k, v)
+    texts = splash_attention_kernel.SegmentIds(q=start[:, n_keys - n_queries :], kv=start)
+    return jax.vmap(kernel)(q, k, v, texts)
+
+
+def _block_sizes(n_queries: int, n_keys: int) -> splash_attention_kernel.BlockSizes:
+    """The largest blocks up to `KERNEL_BLOCK` that divide, the same in all three kernels."""
+
+    def block(n: int) -> int:
+        return max(size for size in range(KERNEL_LANES, KERNEL_BLOCK + 1, 128) if n % size == 0)
+
+    bq, bkv = block(n_queries), block(n_keys)
+    return splash_attention_kernel.BlockSizes(
+        block_q=bq,
+        block_kv=bkv,
+        block_q_dkv=bq,
+        block_kv_dkv=bkv,
+        block_q_dq=bq,
+        block_kv_dq=bkv,
+    )
+
+
+def chunked_attention(q, k, v, scale: float, start=None):
+    """`causal_attention` with queries taken `QUERY_CHUNK` at a time against the keys up to them."""
+    first, step = k.shape[2] - q.shape[2], min(QUERY_CHUNK, q.shape[2])
+
+    def chunk(i: int):
+        rows, past = slice(i, i + step), slice(first + i + step)
+        begins = None if start is None else start[:, first:][:, rows]
+        return _attend(q[:, :, rows], k[:, :, past], v[:, :, past], begins, first + i, scale)
+
+    chunks = [chunk(i) for i in range(0, q.shape[2], step)]
+    return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, start, first: int, scale: float):
+    """Attention of queries at places first, first + 1, ... to keys at places 0, 1, ...
+
+    The backward needs sum over keys of p dp, which equals sum over value dims of o do and is
+    cheaper so. Source: FlashAttention (arXiv 2205.14135), appendix B.2.
+    """
+    return _attend_forward(q, k, v, start, first, scale)[0]
+
+
+def _attend_forward(q, k, v, start, first, scale):
+    scores = jnp.einsum("BHTK,BHSK->BHTS", q, k, preferred_element_type=jnp.float32) * scale
+    place = jnp.arange(k.shape[2])
+    seen = (first + jnp.arange(q.shape[2])[:, None] >= place[None, :])[None, None]
+    if start is not None:
+        seen = seen & (place[None, None, None, :] >= start[:, None, :, None])
+    scores = jnp.where(seen, scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    wide = jnp.einsum(
+        "BHTS,BHSO->BHTO", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    o = checkpoint_name((wide / total).astype(v.dtype), "attention")
+    return o, (q, k, v, weights / total, o)
+
+
+def _attend_backward(first, scale, saved, d_o):
+    q, k, v, p, o = saved
+    wide = {"preferred_element_type": jnp.float32}
+    overlap = (d_o.astype(jnp.float32) * o).sum(-1, keepdims=True)
+    d_p = jnp.einsum("BHTO,BHSO->BHTS", d_o, v, **wide)
+    d_scores = (p * (d_p - overlap) * scale).astype(q.dtype)
+    d_q = jnp.einsum("BHTS,BHSK->BHTK", d_scores, k)
+    d_k = jnp.einsum("BHTS,BHTK->BHSK", d_scores, q)
+    return d_q, d_k, jnp.einsum("BHTS,BHTO->BHSO", p.astype(d_o.dtype), d_o), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

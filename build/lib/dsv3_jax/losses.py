@@ -1,0 +1,151 @@
+"""Cross-entropy over a head that is never whole, and the training loss (report sec. 2.1.2, 2.2)."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from dsv3_jax.config import LossConfig
+from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
+from sharding.mesh import MeshSpec, data_sum
+from sharding.rules import Layout
+from sharding.vocabulary import n_pieces, walk
+
+PIECE = 8192  # most rows of the head that a device holds at a time
+
+
+class Batch(NamedTuple):
+    """Rows of T + 1 + D tokens (D = MTP depth); T of them are inputs, the rest targets only."""
+
+    tokens: Int[Array, "B W"]
+    mask: Bool[Array, "B W"]  # which tokens count as targets
+
+
+class Losses(NamedTuple):
+    """Sums over this shard that add up, over all shards, to means over the global batch."""
+
+    total: Float32[Array, ""]
+    main: Float32[Array, ""]
+    mtp: Float32[Array, ""]
+    balance: Float32[Array, ""]
+
+
+def training_loss(
+    model: DeepSeekV3,
+    batch: Batch,
+    config: LossConfig,
+    mtp_weight: Float32[Array, ""] | float,
+    layout: Layout,
+    remat: str,
+) -> tuple[Losses, RouterStats | None]:
+    """main + mtp_weight * mean over depths + balance_weight * sum over MoE layers.
+
+    Returns:
+        The losses, and the statistics of all MoE layers, those of MTP last.
+    """
+    depth = model.config.mtp_depth
+    length = batch.tokens.shape[1] - 1 - depth
+    hidden, stats = model.trunk(batch.tokens[:, :length], layout, remat)
+    main = _mean_loss(model, hidden, batch, 1, layout)
+    mtp = jnp.zeros((), jnp.float32)
+    if depth:
+        following = [batch.tokens[:, k : k + length] for k in range(1, depth + 1)]
+        ahead, mtp_stats = model.mtp_trunk(hidden, jnp.stack(following), layout, remat)
+        terms = [_mean_loss(model, ahead[k], batch, k + 2, layout) for k in range(depth)]
+        mtp = sum(terms) / depth
+        both = [mtp_stats] if stats is None else [stats, mtp_stats]
+        stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both)
+    balance = jnp.zeros((), jnp.float32)
+    if stats is not None:
+        balance = stats.balance.sum() / (batch.tokens.shape[0] * layout.mesh.data)
+    total = main + mtp_weight * mtp + config.balance_weight * balance
+    return Losses(total, main, mtp, balance), stats
+
+
+def _mean_loss(model: DeepSeekV3, hidden, batch: Batch, ahead: int, layout: Layout):
+    """Cross-entropy of the token `ahead` places on: this shard's part of the global mean."""
+    length = hidden.shape[1]
+    labels = batch.tokens[:, ahead : ahead + length].reshape(-1)
+    mask = batch.mask[:, ahead : ahead + length].reshape(-1)
+    rows = rearrange(hidden, "b t d -> (b t) d")
+    count = mask.sum().astype(jnp.float32)
+    if layout.mesh.data > 1:
+        count = data_sum(count)
+    head = model.head[...].astype(rows.dtype)
+    share = mask.astype(jnp.float32) / jnp.maximum(count, 1.0)
+    return cross_entropy(rows, head, labels, share, layout.mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    rows: Float[Array, "t D"],
+    head: Float[Array, "v D"],
+    labels: Int[Array, " t"],
+    share: Float32[Array, " t"],
+    mesh: MeshSpec,
+) -> Float32[Array, ""]:
+    """Sum of share * -log softmax(rows head^T)[label].
+
+    The head comes past in pieces of at most `PIECE` rows; a running maximum and sum give the
+    log-sum-exp. Of [t, V] logits only [t, PIECE] exist at a time. Under differentiation a second
+    walk follows at once and leaves the gradients, which are no larger than the inputs; with a
+    single piece the compiler finds the logits of both walks to be the same.
+
+    Args:
+        head: this rank's rows of the output head.
+        share: weight of each row.
+    """
+    log_sum, chosen = _log_sum(rows, head, labels, mesh)
+    return (share * (log_sum - chosen)).sum()
+
+
+def _logits(rows, piece):
+    return jnp.einsum("tD,pD->tp", rows, piece, preferred_element_type=jnp.float32)
+
+
+def _log_sum(rows, head, labels, mesh):
+    """log of sum over V of exp(logits), and the label's logit, both [t]."""
+
+    def step(carry, piece, ids):
+        peak, total, chosen = carry
+        logits = _logits(rows, piece)
+        higher = jnp.maximum(peak, logits.max(-1))
+        total = total * jnp.exp(peak - higher) + jnp.exp(logits - higher[:, None]).sum(-1)
+        place = jnp.searchsorted(ids, labels)[:, None]  # ids ascend
+        mine = jnp.take(ids, place[:, 0], mode="clip") == labels
+        logit = jnp.take_along_axis(logits, place, axis=1, mode="clip")[:, 0]
+        return (higher, total, chosen + jnp.where(mine, logit, 0.0)), None
+
+    zero = jnp.zeros(rows.shape[0], jnp.float32)
+    pieces = n_pieces(head.shape[0], mesh, PIECE)
+    (peak, total, chosen), _ = walk(step, (zero - jnp.inf, zero, zero), head, pieces, mesh)
+    return peak + jnp.log(total), chosen
+
+
+def _forward(rows, head, labels, share, mesh):
+    log_sum, chosen = _log_sum(rows, head, labels, mesh)
+
+    def step(d_rows, piece, ids):
+        probability = jnp.exp(_logits(rows, piece) - log_sum[:, None])
+        mine = labels[:, None] == ids[None, :]
+        d_logits = ((probability - mine) * share[:, None]).astype(rows.dtype)
+        wide = {"preferred_element_type": jnp.float32}
+        d_rows = d_rows + jnp.einsum("tp,pD->tD", d_logits, piece, **wide)
+        return d_rows, jnp.einsum("tp,tD->pD", d_logits, rows, **wide)
+
+    pieces = n_pieces(head.shape[0], mesh, PIECE)
+    d_rows, d_head = walk(step, jnp.zeros(rows.shape, jnp.float32), head, pieces, mesh)
+    loss = (share * (log_sum - chosen)).sum()
+    return loss, (d_rows.astype(rows.dtype), d_head.astype(head.dtype))
+
+
+def _backward(mesh, gradients, grad):
+    d_rows, d_head = gradients
+    return d_rows * grad.astype(d_rows.dtype), d_head * grad.astype(d_head.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

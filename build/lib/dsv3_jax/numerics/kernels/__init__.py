@@ -1,0 +1,1 @@
+"""Kernels: one hardware, one operation a file."""

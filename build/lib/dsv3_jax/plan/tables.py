@@ -1,0 +1,92 @@
+"""The plan as tables for the terminal."""
+
+import rich.console
+import rich.table
+
+from dsv3_jax.chips import GIB
+from dsv3_jax.tunnel.tables import table
+
+COUNTS = {
+    "main_parameters": "main parameters",
+    "mtp_parameters": "MTP parameters",
+    "released_parameters": "released parameters, MTP's copies included",
+    "activated_parameters": "activated parameters",
+    "activated_without_embedding": "activated without the embedding",
+    "training_flops_per_token": "training FLOPs a token",
+    "training_flops_per_step": "training FLOPs a step",
+    "tokens_per_step": "tokens a step",
+    "kv_bytes_per_token": "KV cache bytes a token, bfloat16",
+}
+ASSUMPTIONS = (
+    "Predicted, not measured: compute at {efficiency:.0%} of the bf16 peak, {exposed:.0%} of the "
+    "communication exposed, balanced routing, links at their full rate. Expect up to 1.5 times "
+    "these seconds, and meshes within 10 % of each other to change places. Memory of weights, "
+    "moments and stored gradients is exact, the rest is counted as if all alive at once. An expert "
+    "group written in nodes, as ep8x8 for ep64, costs the same as long as the exchange has one "
+    "level. Meshes with pp come with the pipeline."
+)
+
+
+def show(plan: dict):
+    """Print everything that `make_plan` found."""
+    console = rich.console.Console(highlight=False)
+    console.print(counts(plan))
+    if plan["meshes"]:
+        if plan["batch"] != plan["asked_batch"]:
+            console.print(
+                f"No mesh works with train.batch={plan['asked_batch']}. What follows is for the "
+                f"largest batch that one can hold: --set train.batch={plan['batch']}\n"
+            )
+        console.print(memory(plan))
+        console.print(speed(plan))
+    if plan["failed"]:
+        rows = [[row["mesh"], row["reason"]] for row in plan["failed"]]
+        title = f"What doesn't work with batch {plan['asked_batch']:,}"
+        console.print(table(title, ["mesh", "why"], rows, words=2))
+    console.print(bill(plan))
+    console.print(ASSUMPTIONS.format(**plan["assumptions"]))
+
+
+def counts(plan: dict) -> rich.table.Table:
+    """Parameters and FLOPs, in full."""
+    rows = [[label, f"{plan['counts'][name]:,.0f}"] for name, label in COUNTS.items()]
+    giga = plan["counts"]["training_flops_per_token"] / 1e9
+    rows.insert(6, [f"  in GFLOP, at length {plan['length']:,}", f"{giga:.4g}"])
+    return table(plan["config"], ["", ""], rows)
+
+
+def memory(plan: dict) -> rich.table.Table:
+    """Memory by part, in a unit in which it is not nothing."""
+    rows, chip = plan["meshes"], plan["chip"]
+    largest = max(row["memory_bytes"]["total"] for row in rows)
+    unit, size = ("GiB", GIB) if largest > GIB else ("MiB", 2**20)
+    shape = "x".join(str(side) for side in plan["shape"])
+    title = (
+        f"{unit} a device, of {chip['hbm_bytes'] / size:,.0f}: batch {plan['batch']:,}, ZeRO-"
+        f"{plan['zero']}, remat {plan['remat']}, {plan['devices']:,} {chip['name']} ({shape})"
+    )
+    parts = list(rows[0]["memory_bytes"])
+    cells = [[f"{row['memory_bytes'][part] / size:,.1f}" for part in parts] for row in rows]
+    rows = [[row["mesh"], *numbers] for row, numbers in zip(rows, cells, strict=True)]
+    return table(title, ["mesh", *parts], rows)
+
+
+def speed(plan: dict) -> rich.table.Table:
+    """Time by kind, and what comes of it."""
+    rows = plan["meshes"]
+    unit, scale = ("seconds", 1) if rows[0]["seconds"]["step"] > 0.1 else ("milliseconds", 1e3)
+    kinds = list(rows[0]["seconds"])
+    cells = [[f"{scale * row['seconds'][kind]:,.2f}" for kind in kinds] for row in rows]
+    ends = [[f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"] for row in rows]
+    rows = [[row["mesh"], *a, *b] for row, a, b in zip(rows, cells, ends, strict=True)]
+    return table(f"Predicted {unit}, fastest first", ["mesh", *kinds, "tokens/s", "MFU"], rows)
+
+
+def bill(plan: dict) -> rich.table.Table:
+    """Hours, days and dollars."""
+    rows = [
+        [line["what"], f"{line['chip_hours']:,.0f}", f"{line['days']:,.1f}"]
+        + ["no price" if line["dollars"] is None else f"{line['dollars']:,.0f}"]
+        for line in plan["bill"]
+    ]
+    return table("The bill", ["", "chip hours", "days", "dollars"], rows)

@@ -1,0 +1,104 @@
+"""What training carries from step to step, and where it lies on the mesh."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.hf_weights import flatten
+from dsv3_jax.layers.linear import specs
+from dsv3_jax.layers.moe import BalanceBias, Redundant
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.weights.pretrained import progress
+from dsv3_jax.weights.sources import Source, filled
+from sharding.mesh import MeshSpec, placement
+from sharding.rules import Layout
+
+
+class TrainState(NamedTuple):
+    """Everything that a checkpoint holds, apart from the position in the data."""
+
+    step: jax.Array | jax.ShapeDtypeStruct  # [] updates made
+    params: nnx.State  # master weights
+    bias: nnx.State  # balance bias of every MoE layer
+    optimizer: optax.OptState
+
+
+def layout_of(config: Config, mesh: MeshSpec) -> Layout:
+    """The layout that the config asks for on `mesh`."""
+    parallel = config.parallel
+    return Layout(
+        mesh=mesh,
+        zero=parallel.zero,
+        capacity=parallel.capacity,
+        ragged=parallel.transport == "ragged",
+        wire=Policy.of(config.precision).wire,
+        unroll=parallel.unroll,
+        pieces=parallel.pieces,
+    )
+
+
+def parts_of(model: DeepSeekV3):
+    """Graph definition, parameters, balance bias, placement of redundant experts."""
+    return nnx.split(model, nnx.Param, BalanceBias, Redundant)
+
+
+def make_model(config: Config) -> DeepSeekV3:
+    """A model with fresh weights, the same on every mesh."""
+    policy = Policy.of(config.precision)
+    return DeepSeekV3(config.model, policy, rngs=nnx.Rngs(config.train.seed))
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; to be traced, so that it is born sharded."""
+    policy = Policy.of(config.precision)
+    _, params, bias, _ = parts_of(make_model(config))
+    params = jax.tree.map(lambda x: x.astype(policy.master), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
+
+
+def abstract_state(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    layout: Layout,
+) -> TrainState:
+    """Shapes, types and placements of the state, without its numbers."""
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    placements = jax.tree.map(lambda spec: placement(mesh, spec), specs(shapes, layout))
+
+    def place(sharding, subtree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), subtree
+        )
+
+    return jax.tree.map(place, placements, shapes)
+
+
+def state_from(
+    source: Source, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The state before the first step with the weights and balance biases of `source`."""
+    wanted = flatten(abstract.params) | flatten(abstract.bias)
+    with progress(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
+        arrays = source.load(wanted, advance=advance)
+
+    def begin(params, bias) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    start = jax.jit(begin, out_shardings=shardings, donate_argnums=(0, 1))
+    return start(filled(abstract.params, arrays), filled(abstract.bias, arrays))
+
+
+def fresh_state(
+    config: Config, optimizer: optax.GradientTransformation, abstract: TrainState
+) -> TrainState:
+    """The state before the first step, on the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()

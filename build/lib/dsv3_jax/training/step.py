@@ -1,0 +1,162 @@
+"""One training step: losses and gradients inside the manual region, the update outside of it."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dsv3_jax.chips import compiler_options
+from dsv3_jax.config import Config
+from dsv3_jax.layers.linear import assemble, specs
+from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.losses import Batch, Losses, training_loss
+from dsv3_jax.model import abstract_model
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.optimizer import (
+    bias_rate,
+    learning_rate,
+    make_optimizer,
+    moved_bias,
+    mtp_weight,
+)
+from dsv3_jax.shapes import Array
+from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
+from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
+from sharding.rules import Layout
+
+
+class Metrics(NamedTuple):
+    """Numbers of one step, the same on every device."""
+
+    losses: Losses  # means over the global batch
+    grad_norm: Array  # [] before clipping
+    lr: Array  # []
+    router: RouterStats | None  # of every MoE layer over the global batch, MTP layers last
+
+
+def ready(params: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
+    """What is gathered before the first layer: all under ZeRO-1, else all that is not stacked."""
+    if layout.zero == 1:
+        return assemble(params, layout, compute)
+    model_level = {"embedding", "head", "norm"}
+    early = {name: part for name, part in params.items() if name in model_level}
+    return nnx.State({**params, **assemble(nnx.State(early), layout, compute)})
+
+
+def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
+    """(params, bias, batch, mtp_weight, redundant) -> (losses, statistics, gradients), as stored.
+
+    The gradients are those of the mean over the global batch. Losses are that mean; load and
+    dropped pairs are sums over the whole batch.
+    """
+    policy = Policy.of(config.precision)
+    graphdef, params, _, redundant = parts_of(abstract_model(config.model, policy))
+    stored = specs(params, layout)
+
+    def shard(params, bias, batch, weight, extra):
+        places = by_layer(redundant, extra)
+
+        def loss_fn(params):
+            model = nnx.merge(graphdef, ready(params, layout, policy.compute), bias, places)
+            how = (layout, config.parallel.remat)
+            losses, stats = training_loss(model, batch, config.losses, weight, *how)
+            return losses.total, (losses, stats)
+
+        grads, (losses, stats) = jax.grad(loss_fn, has_aux=True)(params)
+        grads = of_parameters(layout.whole_sum, grads)
+        return data_sum(losses), summarize(stats), grads
+
+    return region(
+        shard,
+        mesh,
+        in_specs=(stored, REPLICATED, BATCH, REPLICATED, REPLICATED),
+        out_specs=(REPLICATED, REPLICATED, stored),
+    )
+
+
+def summarize(stats: RouterStats | None) -> RouterStats | None:
+    """This shard's statistics -> those of the global batch."""
+    if stats is None:
+        return None
+    sums = data_sum(stats)
+    return sums._replace(rounds=data_max(stats.rounds))
+
+
+def of_parameters(fn: Callable, state: nnx.State) -> nnx.State:
+    """fn(array, names, sizes) of every parameter."""
+    return jax.tree.map(
+        lambda variable: variable.replace(fn(variable[...], variable.names, variable.sizes)),
+        state,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:
+    """Every layer's balance bias moved by its load; `load` has the MoE layers first, MTP last."""
+    move = functools.partial(moved_bias, rate=rate)
+    return jax.tree.map(move, bias, by_layer(bias, load))
+
+
+def by_layer(state: nnx.State, rows: Array | None) -> nnx.State:
+    """`rows` [L ...], MoE layers first and MTP last, in the places of `state`; it may have none."""
+    leaves, treedef = jax.tree.flatten(state)  # "moe" comes before "mtp"
+    ends = np.cumsum([leaf.shape[0] for leaf in leaves])[:-1]
+    return treedef.unflatten(jnp.split(rows, ends) if leaves else [])
+
+
+def make_step(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    layout: Layout,
+) -> Callable:
+    """(state, batch, extra) -> (state, metrics): the program that training runs.
+
+    `extra` [L R] is the expert in each further slot of every MoE layer, MTP last; None if R = 0.
+    """
+    compute = loss_and_gradients(config, mesh, layout)
+    tokens_per_step = config.train.batch * config.train.seq_len
+
+    def step(
+        state: TrainState, batch: Batch, extra: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        tokens = state.step.astype(jnp.float32) * tokens_per_step
+        weight = mtp_weight(config.losses, tokens)
+        losses, stats, grads = compute(state.params, state.bias, batch, weight, extra)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        bias = state.bias
+        if stats is not None:
+            bias = update_bias(bias, stats.load, bias_rate(config.losses, tokens))
+        metrics = Metrics(
+            losses=losses,
+            grad_norm=optax.tree.norm(grads),
+            lr=learning_rate(config.optimizer, state.step, tokens_per_step),
+            router=stats,
+        )
+        return TrainState(state.step + 1, params, bias, moments), metrics
+
+    kind = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].device_kind
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(kind) or None)
+
+
+def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The program that training runs on `mesh`, lowered for its devices; nothing is run."""
+    layout = layout_of(config, spec_of(mesh))
+    train, policy = config.train, Policy.of(config.precision)
+    optimizer = make_optimizer(config.optimizer, policy, train.batch * train.seq_len)
+    state = abstract_state(config, optimizer, mesh, layout)
+    shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)
+    place = placement(mesh, BATCH)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=place) for t in (jnp.int32, bool)))
+    extra = None
+    if n_redundant := config.model.moe and config.model.moe.n_redundant:
+        shape = (config.model.n_moe_layers, n_redundant)
+        extra = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement(mesh, REPLICATED))
+    return make_step(config, optimizer, mesh, layout).lower(state, batch, extra)

@@ -1,0 +1,392 @@
+"""Scheduled HLO text as data: computations, instructions in their order, shapes, loops.
+
+XLA prints one instruction a line, in the order in which a device runs them:
+
+    %name = f32[16,24]{1,0:T(8,128)S(1)} opcode(%operand, ...), attribute=..., metadata={...}
+
+Braces behind a shape hold the layout: the order of dims, tiles `T`, the memory space `S` (none is
+HBM, 1 is VMEM). A kernel's call may go on over lines, so a line ends where its brackets close.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+CALLS = ("calls", "body", "condition", "branch_computations", "called_computations")
+CALLS += ("true_computation", "false_computation")
+MOVES = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start")  # keep a scalar
+HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")  # of an instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array: dtype as HLO names it, dims, and the text of its layout."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str = ""
+
+    @functools.cached_property
+    def n_bytes(self) -> float:
+        """Bytes of the elements alone."""
+        return math.prod(self.dims) * _bits(self.dtype) / 8
+
+    @functools.cached_property
+    def stored_bytes(self) -> float:
+        """Bytes in memory: the minor dims rounded up to tiles (bf16[8,112] takes 128 columns)."""
+        order, _, tiles = self.layout.partition(":")
+        tile = re.match(r"T\(([\d,]+)\)", tiles)
+        if not tile or not order:
+            return self.n_bytes
+        dims = [self.dims[int(dim)] for dim in order.split(",")]  # minor first
+        sizes = [int(size) for size in tile[1].split(",")][::-1]
+        for i, size in enumerate(sizes[: len(dims)]):
+            dims[i] = -(-dims[i] // size) * size
+        return math.prod(dims) * _bits(self.dtype) / 8
+
+    @property
+    def in_hbm(self) -> bool:
+        return not re.search(r"S\([1-9]", self.layout)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+Shapes = Shape | tuple  # a tuple of Shapes, nested as HLO nests them
+
+
+@functools.cache
+def _bits(dtype: str) -> int:
+    width = re.match(r"[a-z]+(\d+)", dtype)
+    return int(width[1]) if width else 8 if dtype == "pred" else 0  # token, opaque: no bytes
+
+
+@functools.cache
+def parse_shape(text: str) -> Shapes:
+    """The shape that `text` writes, e.g. "(f32[2,3]{1,0}, s32[])"."""
+    levels: list[list] = [[]]
+    for token in re.finditer(r"[()]|(\w+)\[([^\]]*)\](?:\{([^}]*)\})?", text):
+        if token[0] == "(":
+            levels.append([])
+        elif token[0] == ")":
+            closed = tuple(levels.pop())
+            levels[-1].append(closed)
+        else:
+            dims = tuple(int(size.lstrip("<=")) for size in token[2].split(",") if size)
+            levels[-1].append(Shape(token[1], dims, token[3] or ""))
+    return levels[0][0]
+
+
+def leaves(shape: Shapes) -> list[Shape]:
+    """The arrays of a shape, tuples flattened."""
+    return [shape] if isinstance(shape, Shape) else [a for part in shape for a in leaves(part)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `attributes` is the text behind the operands."""
+
+    name: str
+    opcode: str
+    shape: Shapes
+    operands: tuple[str, ...]
+    literal: str  # the operands as written: a constant's value, a parameter's number
+    attributes: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """The text of an attribute, without outer braces or quotes."""
+        found = _attribute(name).search(self.attributes)
+        return next((part for part in found.groups() if part is not None), "") if found else None
+
+    @property
+    def op_name(self) -> str:
+        """The path that JAX gave it, e.g. "jit(step)/while/body/dot_general"."""
+        return (self.attribute("op_name") or "").replace("\\'", "'")
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """Computations that it runs; not the scalar functions that reductions apply."""
+        keys = (*CALLS, "to_apply") if self.opcode == "call" else CALLS
+        texts = [text for key in keys if (text := self.attribute(key))]
+        return tuple(n.strip().lstrip("%") for text in texts for n in text.split(","))
+
+
+@functools.cache
+def _attribute(name: str) -> re.Pattern:
+    value = r'"((?:[^"\\]|\\.)*)"|\{([^{}]*)\}|([^,\s}]+)'
+    return re.compile(rf"(?<![\w\"]){name}=(?:{value})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {instruction.name: instruction for instruction in self.instructions}
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        return next((i for i in self.instructions if i.root), self.instructions[-1])
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        return {int(i.literal): i for i in self.instructions if i.opcode == "parameter"}
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions:
+            for operand in dict.fromkeys(instruction.operands):
+                users.setdefault(operand, []).append(instruction)
+        return users
+
+    def shape(self, name: str) -> Shapes:
+        return self.by_name[name].shape
+
+    def operand_leaves(self, instruction: Instruction) -> list[Shape]:
+        return [leaf for name in instruction.operands for leaf in leaves(self.shape(name))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    computations: dict[str, Computation]
+    entry: str
+    n_partitions: int
+    sources: dict[int, str]  # stack frame -> "file:line"
+
+    def inner(self, instruction: Instruction) -> list[Computation]:
+        return [self.computations[name] for name in instruction.called]
+
+    def source(self, instruction: Instruction) -> str:
+        """File and line of the innermost Python frame that is no library's, "" if XLA kept none."""
+        frame = instruction.attribute("stack_frame_id")
+        if frame:
+            return self.sources.get(int(frame), "")
+        file, line = instruction.attribute("source_file"), instruction.attribute("source_line")
+        return f"{file}:{line}" if file else ""
+
+    def find(self, name: str) -> Instruction | None:
+        """The instruction of that name in any computation."""
+        found = (computation.by_name.get(name) for computation in self.computations.values())
+        return next((instruction for instruction in found if instruction), None)
+
+
+def parse(text: str) -> Module:
+    """The module that a dump's `*after_optimizations.txt`, or `compiled.as_text()`, holds."""
+    text = re.sub(r"/\*index=\d+\*/", "", text)
+    header = text.split("\n", 1)[0]
+    computations, entry, start = {}, "", None
+    for line in _statements(text):
+        if start is None and (opening := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)):
+            start, instructions = opening[2], []
+            entry = opening[2] if opening[1] else entry
+        elif start is not None and line.startswith("}"):
+            computations[start] = Computation(start, tuple(instructions))
+            start = None
+        elif start is not None and line.strip():
+            instructions.append(_instruction(line))
+    partitions = re.search(r"num_partitions=(\d+)", header)
+    return Module(computations, entry, int(partitions[1]) if partitions else 1, _sources(text))
+
+
+def _statements(text: str) -> Iterator[str]:
+    """Lines, those of one instruction joined."""
+    pending = ""
+    for line in text.splitlines():
+        if pending and (not _closed(pending) or (line[:1] == " " and not HEAD.match(line))):
+            pending += f" {line}"
+            continue
+        if pending:
+            yield pending
+        pending = line if line[:1] == " " else ""
+        if not pending:
+            yield line
+    if pending:
+        yield pending
+
+
+def _closed(line: str) -> bool:
+    def even(part: str) -> bool:
+        return part.count("{") == part.count("}") and part.count("(") == part.count(")")
+
+    if even(line) and line.count('"') % 2 == 0:
+        return True
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", line)
+    return even(bare) and '"' not in bare
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for bracket in re.finditer(r"[()]", text[start:]):
+        depth += 1 if bracket[0] == "(" else -1
+        if not depth:
+            return start + bracket.start()
+    raise ValueError(f"brackets of an HLO line don't close: {text[:120]}")
+
+
+def _instruction(line: str) -> Instruction:
+    head = HEAD.match(line)
+    if not head:
+        raise ValueError(f"not an HLO instruction: {line.strip()[:120]}")
+    start = head.end()
+    end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
+    opening = line.index("(", end)
+    closing = _closing(line, opening)
+    opcode, literal = line[end:opening].strip(), line[opening + 1 : closing]
+    named = re.findall(r"%([\w.\-]+)", literal)
+    if not named and opcode not in ("parameter", "constant", "iota"):
+        named = [part.split()[-1] for part in literal.split(",") if part.strip()]
+    shape, attributes = parse_shape(line[start:end]), line[closing + 1 :]
+    return Instruction(head[2], opcode, shape, tuple(named), literal, attributes, bool(head[1]))
+
+
+def _sources(text: str) -> dict[int, str]:
+    """The tables that XLA prints before the computations: stack frame -> "file:line".
+
+    Frames of installed libraries have the place that called them. A frame is printed with the
+    number behind its caller's.
+    """
+    tables: dict[str, dict[int, str]] = {}
+    for title in ("FileNames", "FileLocations", "StackFrames"):
+        found = re.search(rf"^{title}\n((?:\d+ .*\n)*)", text, re.M)
+        rows = [line.split(" ", 1) for line in found[1].splitlines()] if found else []
+        tables[title] = {int(number): row for number, row in rows}
+    locations = {}
+    for number, row in tables["FileLocations"].items():
+        file, line = re.search(r"file_name_id=(\d+).* line=(\d+)", row).groups()
+        locations[number] = f"{tables['FileNames'][int(file)].strip(chr(34))}:{line}"
+    places: dict[int, str] = {}
+    for number, row in tables["StackFrames"].items():
+        location, parent = re.search(r"location_id=(\d+) parent_frame_id=(\d+)", row).groups()
+        place, caller = locations[int(location)], places.get(int(parent) - 1, "")
+        places[number] = caller if caller and "site-packages" in place else place
+    return places
+
+
+class Loop(NamedTuple):
+    """A while instruction, and what helps to guess its trips where the text does not tell."""
+
+    name: str
+    body: str
+    op_name: str
+    source: str
+    outer: str  # the computation that runs it
+
+
+def trip_counts(module: Module) -> tuple[dict[str, float], list[Loop]]:
+    """Trips of each loop whose bounds are constants, by its name, and the loops without."""
+    known: dict[str, float] = {}
+    unknown = []
+    for outer in module.computations.values():
+        for loop in outer.instructions:
+            if loop.opcode != "while":
+                continue
+            trips = _trip_count(module, outer, loop)
+            if trips is None:
+                body = loop.attribute("body").lstrip("%")
+                unknown.append(Loop(loop.name, body, loop.op_name, module.source(loop), outer.name))
+            else:
+                known[loop.name] = float(trips)
+    return known, unknown
+
+
+def _trip_count(module: Module, outer: Computation, loop: Instruction) -> int | None:
+    """From `known_trip_count`, or from a condition of the form `counter < limit`."""
+    told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if told:
+        return int(told[1])
+    condition = module.computations[loop.attribute("condition").lstrip("%")]
+    body = module.computations[loop.attribute("body").lstrip("%")]
+    test, operands = condition.root, condition.root.operands
+    if test.opcode == "fusion":
+        test = module.inner(test)[0].root  # `counter < limit` alone: its parameters in order
+    if test.opcode != "compare" or test.attribute("direction") not in ("LT", "LE"):
+        return None
+    counter = _element(condition, operands[0])
+    limit = _constant(condition, operands[1])
+    if limit is None:
+        limit = _carried(outer, loop, body, _element(condition, operands[1]))
+    if counter is None or limit is None:
+        return None
+    start, step = _initial(outer, loop, counter), _step(module, body, counter)
+    if start is None or not step:
+        return None
+    return max(0, -(-(limit + (test.attribute("direction") == "LE") - start) // step))
+
+
+def _followed(computation: Computation, name: str) -> Instruction:
+    instruction = computation.by_name[name]
+    while instruction.opcode in MOVES and instruction.operands:
+        instruction = computation.by_name[instruction.operands[0]]
+    return instruction
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    found = _followed(computation, name)
+    integer = found.opcode == "constant" and re.fullmatch(r"-?\d+", found.literal)
+    return int(found.literal) if integer else None
+
+
+def _element(computation: Computation, name: str) -> int | None:
+    """The number of the loop's variable that `name` is."""
+    found = _followed(computation, name)
+    return int(found.attribute("index")) if found.opcode == "get-tuple-element" else None
+
+
+def _initial(outer: Computation, loop: Instruction, index: int | None) -> int | None:
+    start = _followed(outer, loop.operands[0])
+    if index is None or start.opcode != "tuple":
+        return None
+    return _constant(outer, start.operands[index])
+
+
+def _carried(
+    outer: Computation, loop: Instruction, body: Computation, index: int | None
+) -> int | None:
+    """The constant that a loop carries unchanged as its variable `index`."""
+    if index is None or body.root.opcode != "tuple":
+        return None
+    unchanged = _element(body, body.root.operands[index]) == index
+    return _initial(outer, loop, index) if unchanged else None
+
+
+def _step(module: Module, body: Computation, counter: int) -> int | None:
+    """What a trip adds to the counter; 1 where the body hides it in a larger fusion."""
+    if body.root.opcode != "tuple":
+        return 1
+    added = _followed(body, body.root.operands[counter])
+    inside = module.inner(added)[0].root if added.opcode == "fusion" else added
+    if inside.opcode != "add" or len(added.operands) != 2:
+        return 1
+    return next((step for name in added.operands if (step := _constant(body, name))), 1)
+
+
+def runs(module: Module, trips: dict[str, float]) -> dict[str, float]:
+    """How often each scheduled computation runs a step.
+
+    Computations that are fused or called belong to their instruction and are left out; every
+    branch of a conditional counts as run.
+
+    Args:
+        trips: of every loop, by name; see `trip_counts`.
+    """
+    counts: dict[str, float] = {}
+
+    def visit(name: str, times: float):
+        counts[name] = counts.get(name, 0.0) + times
+        for instruction in module.computations[name].instructions:
+            if instruction.opcode == "while":
+                visit(instruction.attribute("body").lstrip("%"), times * trips[instruction.name])
+            elif instruction.opcode == "conditional":
+                for inner in instruction.called:
+                    visit(inner, times)
+
+    visit(module.entry, 1.0)
+    return counts

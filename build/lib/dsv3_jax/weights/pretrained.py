@@ -1,0 +1,87 @@
+"""`load_pretrained`: a folder with weights -> a model on a mesh."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+from jax.sharding import Mesh
+
+from dsv3_jax.config import check_model_mesh
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.weights.sources import Advance, Source, as_model, open_weights, wanted_arrays
+from sharding.mesh import MeshSpec, make_mesh, parse_mesh, spec_of, start_devices
+from sharding.rules import Layout
+
+QUIET_BELOW = 2**30  # bytes that are read without a progress bar
+
+
+def load_pretrained(
+    directory: str | Path, dtype: str = "float32", mesh: str | Mesh | None = None
+) -> DeepSeekV3:
+    """The model in a folder: official safetensors, an import of them, or a workdir of train.py.
+
+    Every process reads what its own devices hold. `model(tokens)` gives logits [B T V],
+    `model.mtp_logits(tokens)` those of the token after the next.
+
+    Args:
+        dtype: "float32" or "bfloat16", of weights and compute; norms, router and balance bias are
+            float32 in both.
+        mesh: one device if None; else e.g. "ep8", or a mesh: experts, embedding and head lie
+            split over its expert axes, everything else is whole on every device.
+
+    Raises:
+        FileNotFoundError: nothing to load there, or a shard is missing.
+        ValueError: damaged files, or tensors that do not fit config.json; names file and tensor.
+    """
+    return load_model(open_weights(directory), dtype, mesh)
+
+
+def load_model(source: Source, dtype: str, mesh: str | Mesh | None) -> DeepSeekV3:
+    """`load_pretrained` of what is open already."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+    mesh = mesh_of(mesh)
+    check_model_mesh(source.config, spec_of(mesh))
+    policy = Policy(compute=jnp.dtype(dtype), master=jnp.dtype(dtype))
+    wanted = wanted_arrays(source.config, policy, mesh, Layout(mesh=spec_of(mesh), zero=0))
+    with progress(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
+        arrays = source.load(wanted, advance=advance)
+    return as_model(source.config, policy, arrays)
+
+
+def mesh_of(mesh: str | Mesh | None) -> Mesh:
+    """The mesh that a user names: a string of the mesh grammar, or none for one device."""
+    if mesh is None:
+        return make_mesh(MeshSpec(), jax.devices()[:1])
+    if isinstance(mesh, str):
+        return make_mesh(parse_mesh(mesh, len(jax.devices())))
+    return mesh
+
+
+def start_mesh(text: str | None) -> Mesh:
+    """The mesh that a command line names, with virtual CPU devices as in train.py; none: one."""
+    return mesh_of(None if text is None else make_mesh(start_devices(text)))
+
+
+@contextlib.contextmanager
+def progress(what: str, n_bytes: int) -> Iterator[Advance]:
+    """A bar with bytes, speed and time left on stderr, for long work; else nothing."""
+    console = rich.console.Console(file=sys.stderr)
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=n_bytes < QUIET_BELOW or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=n_bytes)
+        yield lambda n: bar.advance(task, n)

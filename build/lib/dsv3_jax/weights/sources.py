@@ -1,0 +1,323 @@
+"""Folders that hold a model's weights, and one way to load them onto a mesh.
+
+Official   config.json and safetensors under the official names (deepseek-ai's, transformers')
+Imported   the same, read once and kept as a checkpoint a layer (`weights import`)
+Workdir    a run of train.py
+InMemory   a model that is there already
+"""
+
+import dataclasses
+import difflib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.hf_config import read_config
+from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, flatten, official_shapes, our_shapes
+from dsv3_jax.layers.linear import specs
+from dsv3_jax.model import DeepSeekV3, abstract_model
+from dsv3_jax.numerics.blockscale import BLOCK
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.overrides import from_dict
+from dsv3_jax.weights.files import Folder
+from dsv3_jax.weights.load import bytes_to_read, load_arrays
+from sharding.mesh import placement
+from sharding.rules import Layout
+
+Wanted = dict[str, jax.ShapeDtypeStruct]  # dotted path of a parameter -> shape, dtype, sharding
+Arrays = dict[str, jax.Array]
+Advance = Callable[[int], object]  # is told how many more bytes are done
+STACKS = ("dense", "moe", "mtp")
+
+
+class Part(NamedTuple):
+    """One layer of a stack; ("", 0) is all that lies in no stack: embedding, norm, head."""
+
+    stack: str
+    layer: int
+
+
+def parts(config: ModelConfig) -> list[Part]:
+    """The whole model, part by part."""
+    counts = (config.n_dense, config.n_layers - config.n_dense, config.mtp_depth)
+    layers = [Part(s, i) for s, n in zip(STACKS, counts, strict=True) for i in range(n)]
+    return [Part("", 0), *layers]
+
+
+def stack_of(path: str) -> str:
+    """The stack that a parameter lies in, or ""."""
+    stack = path.partition(".")[0]
+    return stack if stack in STACKS else ""
+
+
+def wanted_part(wanted: Wanted, part: Part) -> Wanted:
+    """What is wanted of one part: stacks have one layer."""
+
+    def of(like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (1, *like.shape[1:]) if part.stack else like.shape
+        return jax.ShapeDtypeStruct(shape, like.dtype, sharding=like.sharding)
+
+    return {path: of(like) for path, like in wanted.items() if stack_of(path) == part.stack}
+
+
+def wanted_arrays(config: ModelConfig, policy: Policy, mesh: Mesh, layout: Layout) -> Wanted:
+    """Every array of a model, in the master format, where the layout stores it."""
+
+    def of(variable) -> jax.ShapeDtypeStruct:
+        wide = not isinstance(variable, nnx.Param) or variable.wide
+        dtype = jnp.float32 if wide else policy.master
+        where = placement(mesh, specs(variable, layout))
+        return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=where)
+
+    state = nnx.state(abstract_model(config, policy))
+    return {".".join(path): of(variable) for path, variable in nnx.to_flat_state(state)}
+
+
+def as_model(config: ModelConfig, policy: Policy, arrays: Arrays) -> DeepSeekV3:
+    """The model of which these are the arrays."""
+    graphdef, state = nnx.split(abstract_model(config, policy))
+    return nnx.merge(graphdef, filled(state, arrays))
+
+
+def filled(state: nnx.State, arrays: Arrays) -> nnx.State:
+    """A state of shapes with the arrays of these paths in their places."""
+    return nnx.map_state(lambda path, x: x.replace(arrays[".".join(path)]), state)
+
+
+class Source(Protocol):
+    """A model's weights somewhere."""
+
+    directory: Path | None
+    config: ModelConfig
+    dtype: str  # the narrowest of float32 and bfloat16 that loses nothing of the matrices
+
+    def load(self, wanted: Wanted, first: int = 0, advance: Advance = ...) -> Arrays:
+        """The arrays asked for; of stacks the layers from `first` on, as many as asked for."""
+
+    def n_bytes(self, wanted: Wanted, first: int = 0) -> int:
+        """How many bytes `load` will report to `advance`."""
+
+
+def open_weights(directory: str | Path) -> Source:
+    """The weights in a folder of any of the kinds above.
+
+    Raises:
+        FileNotFoundError: nothing of the kind is there.
+        ValueError: what is there is damaged or does not fit together; says which file and tensor.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a folder with weights holds config.json and safetensors, or "
+            "is a workdir of train.py, or was made by `python -m dsv3_jax.weights import`"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a JSON object, not {str(values)[:100]}")
+    if "imported_from" in values:
+        return Imported(directory, values)
+    if "train" in values:
+        return Workdir(directory, values)
+    return Official(directory)
+
+
+class Official:
+    """A checkpoint folder under the official names."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.folder = directory, Folder(directory)
+        self.config = _with_what_is_there(read_config(directory), self.folder)
+        check_tensors(self.folder, self.config)
+        kinds = {x.dtype for name, x in self.folder.items() if not name.endswith((SCALE, BIAS))}
+        narrow = kinds == {"BF16"}
+        self.dtype = "bfloat16" if narrow else "float32"
+
+    def load(self, wanted: Wanted, first: int = 0, advance: Advance = lambda n: None) -> Arrays:
+        check_wanted(wanted, self.config, self.directory)
+        return load_arrays(self.folder, wanted, self.config, first, advance)
+
+    def n_bytes(self, wanted: Wanted, first: int = 0) -> int:
+        check_wanted(wanted, self.config, self.directory)
+        return bytes_to_read(self.folder, wanted, self.config, first)
+
+
+class _Saved:
+    """What our own kinds share: their size is that of the arrays."""
+
+    def n_bytes(self, wanted: Wanted, first: int = 0) -> int:
+        return sum(like.size * like.dtype.itemsize for like in wanted.values())
+
+
+class Imported(_Saved):
+    """A checkpoint of every part, numbered as `parts` has them."""
+
+    def __init__(self, directory: Path, values: dict):
+        self.directory = directory
+        self.config = from_dict(ModelConfig, values["model"])
+        self.dtype: str = values["dtype"]
+        self.checkpoints = Checkpoints(directory / "parts", keep=None)
+        missing = len(parts(self.config)) - len(self.checkpoints.steps())
+        if missing:
+            raise ValueError(
+                f"{directory}: the import is not finished, {missing} of {len(parts(self.config))} "
+                f"parts are missing; run `python -m dsv3_jax.weights import "
+                f"{values['imported_from']} {directory}` again"
+            )
+
+    def load(self, wanted: Wanted, first: int = 0, advance: Advance = lambda n: None) -> Arrays:
+        check_wanted(wanted, self.config, self.directory)
+        pieces: dict[str, list[jax.Array]] = {path: [] for path in wanted}
+        for step, part in enumerate(parts(self.config)):
+            asked = {
+                path: like
+                for path, like in wanted_part(wanted, part).items()
+                if part.stack == "" or first <= part.layer < first + wanted[path].shape[0]
+            }
+            if not asked:
+                continue
+            for path, array in self.checkpoints.restore_some(asked, step).items():
+                pieces[path].append(array.astype(wanted[path].dtype))
+                advance(pieces[path][-1].nbytes)
+        return {path: _joined(pieces.pop(path), wanted[path]) for path in wanted}
+
+
+def _joined(layers: list[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
+    if len(layers) == 1:
+        return layers[0]
+    return jax.jit(lambda *layers: jnp.concatenate(layers), out_shardings=like.sharding)(*layers)
+
+
+class Workdir(_Saved):
+    """The newest checkpoint of a run."""
+
+    dtype = "float32"
+
+    def __init__(self, directory: Path, values: dict):
+        self.directory = directory
+        self.config = from_dict(Config, values).model
+        self.checkpoints = Checkpoints(directory / "checkpoints", keep=None)
+        if not self.checkpoints.steps():
+            raise FileNotFoundError(f"{directory}: the run has no checkpoint yet")
+        self._whole: Arrays = {}  # stacks, kept because they may be asked for layer by layer
+
+    def load(self, wanted: Wanted, first: int = 0, advance: Advance = lambda n: None) -> Arrays:
+        check_wanted(wanted, self.config, self.directory)
+        missing = {path: like for path, like in wanted.items() if path not in self._whole}
+        if missing:
+            names = self._names(missing)
+            saved = self.checkpoints.restore_some(names)
+            self._whole |= {path: saved[name] for path, name in zip(missing, names, strict=True)}
+        out = {}
+        for path, like in wanted.items():
+            array = self._whole[path]
+            if stack_of(path) and array.shape != like.shape:
+                array = array[first : first + like.shape[0]]
+            out[path] = array.astype(like.dtype)
+            advance(out[path].nbytes)
+        return out
+
+    def _names(self, wanted: Wanted) -> Wanted:
+        """What the run calls these arrays, whole."""
+        there, shapes = self.checkpoints.shapes(), our_shapes(self.config)
+        whole = {}
+        for path, like in wanted.items():
+            kinds = (f"{kind}.{path}.value" for kind in ("params", "bias"))
+            name = next(name for name in kinds if name in there)
+            whole[name] = jax.ShapeDtypeStruct(shapes[path], like.dtype, sharding=like.sharding)
+        return whole
+
+
+class InMemory(_Saved):
+    """A model's own arrays."""
+
+    def __init__(self, model: DeepSeekV3):
+        self.directory, self.config = None, model.config
+        self.dtype = str(model.policy.master)
+        self._arrays = flatten(nnx.state(model))
+
+    def load(self, wanted: Wanted, first: int = 0, advance: Advance = lambda n: None) -> Arrays:
+        out = {}
+        for path, like in wanted.items():
+            array = self._arrays[path]
+            array = array[first : first + like.shape[0]] if stack_of(path) else array
+            out[path] = jax.device_put(array.astype(like.dtype), like.sharding)
+            advance(out[path].nbytes)
+        return out
+
+
+def check_wanted(wanted: Wanted, config: ModelConfig, directory: Path):
+    """Raise a ValueError unless the weights of `config` hold what is asked for."""
+    there = our_shapes(config)
+    for path, like in wanted.items():
+        shape = there.get(path)
+        stacked = bool(stack_of(path))
+        if shape is None or shape[stacked:] != like.shape[stacked:]:
+            raise ValueError(
+                f"{directory}: the weights there do not fit the model asked for: {path} is "
+                f"{'absent' if shape is None else shape} there and {like.shape} in the model"
+            )
+        if stacked and like.shape[0] > shape[0]:
+            raise ValueError(
+                f"{directory}: {shape[0]} layers of {path} there, {like.shape[0]} in the model"
+            )
+
+
+def _with_what_is_there(config: ModelConfig, folder: Folder) -> ModelConfig:
+    """`config` without MTP where no tensor of it is there, as transformers saves models."""
+    prefixes = tuple(f"model.layers.{config.n_layers + i}." for i in range(config.mtp_depth))
+    if not prefixes or any(name.startswith(prefixes) for name in folder):
+        return config
+    warnings.warn(
+        f"{folder.directory}: config.json announces {config.mtp_depth} MTP layers, but the files "
+        "hold none; going on without MTP",
+        stacklevel=4,
+    )
+    moe = config.moe if config.n_dense < config.n_layers else None
+    return dataclasses.replace(config, mtp_depth=0, moe=moe)
+
+
+def check_tensors(folder: Folder, config: ModelConfig):
+    """Raise a ValueError unless the folder holds just the tensors of `config`, in their shapes."""
+    shapes = official_shapes(config)
+    shapes |= {copy: shapes[name] for copy, name in copies_in_mtp(config).items() if copy in folder}
+    if missing := [name for name in shapes if name not in folder]:
+        raise ValueError(
+            f"{folder.directory}: tensor {missing[0]} is missing ({len(missing)} of {len(shapes)} "
+            "are); config.json asks for it, so download the files again"
+        )
+    for name, tensor in folder.items():
+        where = f"{tensor.file}: tensor {name}"
+        weight = name.removesuffix(SCALE)
+        is_scale = weight != name and weight in shapes and folder[weight].dtype == "F8_E4M3"
+        if is_scale and len(shapes[weight]) == 2:
+            blocks = tuple(-(-n // b) for n, b in zip(shapes[weight], BLOCK, strict=True))
+            if (tensor.dtype, tensor.shape) != ("F32", blocks):
+                raise ValueError(
+                    f"{where} is {tensor.dtype} {tensor.shape}, expected F32 {blocks}: a scale for "
+                    f"every {BLOCK[0]}x{BLOCK[1]} block of {shapes[weight]}"
+                )
+        elif name not in shapes:
+            near = difflib.get_close_matches(name, shapes, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{where} is none of the model's that config.json describes{hint}")
+        elif tensor.shape != shapes[name]:
+            raise ValueError(
+                f"{where} has shape {tensor.shape}, config.json asks for {shapes[name]}"
+            )
+        elif tensor.dtype == "F8_E4M3" and len(tensor.shape) != 2:
+            raise ValueError(f"{where} of shape {tensor.shape} is FP8, which only matrices can be")
+        elif tensor.dtype == "F8_E4M3" and name + SCALE not in folder:
+            raise ValueError(f"{where} is FP8, but its scales {name + SCALE} are missing")
