@@ -25,7 +25,6 @@ from reference.cases import (
     positions,
     with_attention,
 )
-from reference.goldens import quick_jit
 
 from configs import load_preset
 from dsv3_jax.inference.decode import Cache, Served, extend, prefill
@@ -48,17 +47,17 @@ def served() -> Served:
     return Served(fresh_model())
 
 
-@quick_jit
+@nnx.jit
 def first(served, tokens, start):
     return prefill(served, tokens, start, SIZE, Layout())
 
 
-@quick_jit
+@nnx.jit
 def further(served, tokens, cache):
     return extend(served, tokens, cache, Layout())
 
 
-full = quick_jit(lambda model, tokens: model(tokens))
+full = nnx.jit(lambda model, tokens: model(tokens))
 
 
 def some_tokens() -> np.ndarray:

@@ -23,7 +23,6 @@ from reference.goldens import (
     golden,
     layer_by_layer,
     model_of,
-    quick_jit,
 )
 
 from dsv3_jax.inference.decode import Cache, Served, extend, prefill
@@ -46,12 +45,12 @@ class Decoded(NamedTuple):
     cache: Cache
 
 
-@quick_jit
+@nnx.jit
 def start(served, tokens):
     return prefill(served, tokens, np.zeros(len(tokens), np.int32), SIZE, Layout())
 
 
-@quick_jit
+@nnx.jit
 def go_on(served, tokens, cache):
     return extend(served, tokens, cache, Layout())
 
@@ -77,7 +76,7 @@ def texts(case: str) -> tuple[np.ndarray, np.ndarray]:
     return want["input_ids"][:, :length], want["input_ids"][:, length:]
 
 
-@quick_jit
+@nnx.jit
 def whole(model, tokens):
     """Logits of the whole text at once, and the experts of each MoE layer."""
     inside = layer_by_layer(model, tokens)

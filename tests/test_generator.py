@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from reference.cases import CONFIG, build
 from reference.compilations import compilations
-from reference.goldens import quick_jit
 
 from dsv3_jax.inference.generator import ROOM, Generator
 from dsv3_jax.inference.sampling import GREEDY, Sampling
@@ -60,7 +59,7 @@ def test_greedy_is_the_argmax_of_the_full_forward():
     rows = np.zeros((len(texts), max(map(len, texts))), np.int32)
     for row, text in zip(rows, texts, strict=True):
         row[: len(text)] = text
-    logits = np.asarray(quick_jit(lambda model, tokens: model(tokens))(fresh_model(), rows))
+    logits = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(fresh_model(), rows))
     for prompt, new, row in zip(PROMPTS, greedy(), logits, strict=True):
         steps = row[len(prompt) - 1 :][:N_NEW]
         np.testing.assert_array_equal(steps.argmax(-1), new)

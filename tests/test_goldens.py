@@ -61,7 +61,6 @@ def test_every_layer_and_router(case):
 @pytest.mark.parametrize(
     "case, remat",
     [slowly(case, "report") for case in CASES]
-    + [("A3_noqlora_noscale", remat) for remat in ("full", "none")]
     + [pytest.param("A1_basic", r, marks=pytest.mark.slow) for r in ("full", "none")],
 )
 def test_loss_and_gradients(case, remat):

@@ -9,7 +9,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.goldens import CASES, assert_close, golden, model_of, quick_jit
+from flax import nnx
+from reference.goldens import CASES, assert_close, golden, model_of
 
 from dsv3_jax.losses import cross_entropy
 from sharding.mesh import MeshSpec
@@ -18,7 +19,7 @@ from sharding.rules import Layout
 PADDED = [(case, 2e-4) for case in CASES] + [("B1_fp8", 3e-4)]
 
 
-@quick_jit
+@nnx.jit
 def logits_and_loss(model, tokens, real, start):
     """Logits, and the mean over pairs of which both tokens are real."""
     hidden, _ = model.trunk(tokens, start=start)
@@ -67,6 +68,6 @@ def test_right_padding_needs_no_start():
     want = golden("A1_basic")
     real = want["rightpad.attention_mask"].astype(bool)
     np.testing.assert_array_equal(first_seen(real), 0)
-    logits = quick_jit(lambda model, tokens: model(tokens))
+    logits = nnx.jit(lambda model, tokens: model(tokens))
     got = logits(model_of("A1_basic"), want["rightpad.input_ids"])
     assert_close(np.asarray(got)[real], want["rightpad.logits"][real])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from reference.goldens import GOLDENS, assert_close, golden, quick_jit
+from reference.goldens import GOLDENS, assert_close, golden
 from reference.official_weights import dequantized, our_arrays, raw
 from reference.tensor_files import assert_same
 
@@ -93,7 +93,7 @@ def their_logits(model, tokens=TOKENS):
 
 @functools.cache
 def our_logits_of():
-    return quick_jit(lambda model, tokens: model(tokens))
+    return nnx.jit(lambda model, tokens: model(tokens))
 
 
 def our_logits(model, tokens=TOKENS):

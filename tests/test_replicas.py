@@ -10,15 +10,14 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from reference.compilations import compilations
 from reference.exchange import expert_sum, expert_sum_gradients
-from test_expert_parallel import BATCH, E, K, O, T, adversarial, apply_matrices, integers
-from test_expert_parallel import D as WIDTH
-from test_sharded_step import assert_same, batch_of, config_of, parameters, placed
+from reference.routings import D, E, K, O, T, adversarial, apply_matrices, integers
+from reference.small_step import assert_same, batch_of, config_of, parameters, placed
 
 from configs import load_preset
 from dsv3_jax.training.redundancy import Redundancy
 from dsv3_jax.training.step import loss_and_gradients
 from sharding.expert_parallel import Route, exchange
-from sharding.mesh import EXPERT_AXES, MeshSpec, make_mesh, parse_mesh, region
+from sharding.mesh import BATCH, EXPERT_AXES, MeshSpec, make_mesh, parse_mesh, region
 from sharding.placement import extras, rank_load, with_homes
 from sharding.replicas import slots_of, with_replicas
 
@@ -69,7 +68,7 @@ def test_values_and_gradients_are_those_without(mesh):
     run = program(mesh)
     for place, extra in placements(rng).items():
         for name, ids in list(adversarial(rng).items())[::3]:
-            inputs = (integers(rng, E, O, WIDTH), integers(rng, T, WIDTH), integers(rng, T, K))
+            inputs = (integers(rng, E, O, D), integers(rng, T, D), integers(rng, T, K))
             cotangent = integers(rng, T, O)
             *got, pairs = run(*inputs, ids, cotangent, extra.astype(np.int32))
             wanted = (

@@ -1,8 +1,6 @@
 """The training step on a mesh equals the step on one device, in every loss, gradient and count.
 
-One tiny model with every part (dense, MoE, MTP; sizes distinct), and a batch whose masks and
-routings differ from shard to shard. Gradients agree to 1e-4 of a tensor's largest value and losses
-to 1e-5 relative: float32 sums in another order. Loads are counts and agree exactly.
+Masks and routings of the batch differ from shard to shard.
 """
 
 import dataclasses
@@ -16,100 +14,36 @@ import pytest
 from flax import nnx
 from reference.compilations import compilations
 from reference.exchange import n_rounds
+from reference.small_step import (
+    BATCH_SIZE,
+    LENGTH,
+    N_EXPERTS,
+    N_MOE,
+    TOP_K,
+    assert_same,
+    batch_of,
+    config_of,
+    parameters,
+    placed,
+)
 from reference.step import moved_bias as reference_moved_bias
 
-from dsv3_jax.config import (
-    AttentionConfig,
-    Config,
-    LossConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    TrainConfig,
-    check_mesh,
-)
+from dsv3_jax.config import ParallelConfig
 from dsv3_jax.layers.moe import RouterStats
-from dsv3_jax.losses import Batch
-from dsv3_jax.model import abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer, moved_bias
-from dsv3_jax.training.state import (
-    abstract_state,
-    fresh_state,
-    layout_of,
-    parts_of,
-)
+from dsv3_jax.training.state import abstract_state, fresh_state
 from dsv3_jax.training.step import loss_and_gradients, make_step, summarize, update_bias
 from sharding.expert_parallel import route_of
 from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
 
-BATCH_SIZE, LENGTH, VOCAB, N_EXPERTS, TOP_K, N_MOE = 8, 16, 64, 8, 2, 3  # MoE layers with MTP's
 N_PAIRS = BATCH_SIZE * LENGTH * TOP_K
-
-
-def config_of(zero: int = 1, remat: str = "report", pieces: int = 1) -> Config:
-    return Config(
-        name="test",
-        model=ModelConfig(
-            vocab_size=VOCAB,
-            width=32,
-            n_layers=3,
-            n_dense=1,
-            dense_hidden=40,
-            attention=AttentionConfig(
-                n_heads=2, q_rank=24, kv_rank=16, nope_dim=6, rope_dim=4, value_dim=10
-            ),
-            moe=MoEConfig(
-                n_experts=N_EXPERTS, n_shared=1, hidden=12, top_k=TOP_K, n_groups=4, n_groups_kept=2
-            ),
-            init_std=0.15,
-        ),
-        train=TrainConfig(batch=BATCH_SIZE, seq_len=LENGTH, steps=3),
-        optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
-        losses=LossConfig(balance_weight=0.05, bias_rate=0.01),
-        precision=PrecisionConfig(compute="float32", moments="float32"),
-        parallel=ParallelConfig(zero=zero, remat=remat, pieces=pieces),
-    )
-
-
-def placed(mesh_text: str, config: Config):
-    spec = parse_mesh(mesh_text)
-    check_mesh(config, spec)
-    return make_mesh(spec, jax.devices()[: spec.n_devices]), layout_of(config, spec)
 
 
 @functools.cache
 def program(mesh_text: str, zero: int = 1, remat: str = "report", pieces: int = 1):
     config = config_of(zero, remat, pieces)
     return jax.jit(loss_and_gradients(config, *placed(mesh_text, config)))
-
-
-@functools.cache
-def parameters():
-    """Numbers for the abstract model; norm scales differ from 1 and balance biases from 0."""
-    rng = np.random.default_rng(0)
-
-    def numbers(variable):
-        vector = len(variable.get_metadata().get("sizes", ())) == 1
-        values = vector + 0.15 * rng.normal(size=variable.shape)
-        return variable.replace(values.astype(np.float32))
-
-    _, params, bias, _ = parts_of(abstract_model(config_of().model, Policy()))
-    return jax.tree.map(numbers, (params, bias), is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def batch_of(seed: int) -> Batch:
-    """Row i prefers tokens near 8 i, and the second half of the rows has few targets."""
-    rng = np.random.default_rng(seed)
-    near = np.arange(BATCH_SIZE)[:, None] * 8 + rng.integers(0, 8, (BATCH_SIZE, LENGTH + 2))
-    anywhere = rng.integers(0, VOCAB, near.shape)
-    tokens = np.where(rng.uniform(size=near.shape) < 0.7, near, anywhere).astype(np.int32)
-    rate = np.where(np.arange(BATCH_SIZE) < BATCH_SIZE // 2, 0.9, 0.1)
-    mask = rng.uniform(size=tokens.shape) < rate[:, None]
-    mask[5] = False  # on some meshes a shard without targets
-    return Batch(tokens, mask)
 
 
 def favouring(*experts: int) -> nnx.State:
@@ -135,23 +69,6 @@ def run(routing: str, mesh_text: str, zero: int = 1, remat: str = "report", piec
     return jax.tree.map(np.asarray, fn(params, bias, batch_of(0), np.float32(0.3), None))
 
 
-def assert_same_gradients(got, want):
-    wanted = dict(jax.tree.flatten_with_path(want)[0])
-    assert len(wanted) > 30
-    for path, value in jax.tree.flatten_with_path(got)[0]:
-        name, size = jax.tree_util.keystr(path), np.abs(wanted[path]).max()
-        error = np.abs(value - wanted[path]).max()
-        assert error <= 1e-4 * size, f"{name}: off by {error}, largest {size}"
-
-
-def assert_same(got, want):
-    losses, stats, grads = got
-    chex.assert_trees_all_close(losses, want[0], rtol=1e-5, atol=0)
-    np.testing.assert_array_equal(stats.load, want[1].load)
-    np.testing.assert_allclose(stats.balance, want[1].balance, rtol=1e-5)
-    assert_same_gradients(grads, want[2])
-
-
 def rounds_of(experts, mesh: str, pieces: int) -> int:
     """Rounds when every token goes to these experts."""
     spec = parse_mesh(mesh)
@@ -175,7 +92,7 @@ def check(mesh, zero, remat="report", pieces=1):
             assert rounds > 1 or routing != "one rank" or parse_mesh(mesh).ep == 1
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("pieces", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_equals_one_device(pieces):
     check("dp2,ep2x2", zero=3, pieces=pieces)
 
@@ -188,7 +105,7 @@ def test_equals_one_device(pieces):
         ("dp8", 3),
         ("ep8", 3),
         ("ep4", 1),
-        ("ep2x2", 3),
+        ("ep2x2", 1),
         ("ep2x4", 1),
         ("dp2,ep4", 1),
         ("dp2,ep4", 3),

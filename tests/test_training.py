@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from reference.train_command import ROOT, command
 
+import train
 from configs import load_preset
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
@@ -23,27 +25,11 @@ from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
 from dsv3_jax.training.step import make_step
 from sharding.mesh import BATCH, make_mesh, parse_mesh
 
-ROOT = Path(__file__).parent.parent
-SMALL = [
-    "model.width=32",
-    "model.vocab_size=512",
-    "model.n_layers=2",
-    "model.moe.n_experts=8",
-    "model.moe.n_groups=4",
-    "model.moe.n_groups_kept=2",
-    "model.moe.top_k=2",
-    "model.moe.hidden=16",
-    "train.batch=8",
-    "train.seq_len=32",
-    "train.eval_every=1000",
-    "train.sample_tokens=4",
-    "checkpoint.every=5",
-]
-
 
 def test_first_step_of_the_tiny_preset():
-    """Loss and gradient norm of step 1, as first measured; the second step does not trace again."""
-    config, spec = load_preset("tiny"), parse_mesh("dp2,ep2x2")
+    """Loss and gradient norm of step 1, as first measured."""
+    config = override(load_preset("tiny"), "parallel.unroll=1")  # a smaller program, the same sums
+    spec = parse_mesh("dp2,ep2x2")
     mesh, layout = make_mesh(spec), layout_of(config, spec)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision), 4096)
     abstract = abstract_state(config, optimizer, mesh, layout)
@@ -66,14 +52,6 @@ def test_workdir_of_another_config(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["clip"] == 1.0
 
 
-def command(workdir: Path, steps: int, *more: str) -> list[str]:
-    """train.py on a small model and the project's own sources."""
-    text = [f"data.source={ROOT / 'dsv3_jax'}", f"data.cache_dir={workdir.parent / 'cache'}"]
-    flags = [f"--set={setting}" for setting in [*SMALL, *text, *more]]
-    run = [sys.executable, str(ROOT / "train.py"), "--mesh=dp2,ep2"]
-    return [*run, f"--workdir={workdir}", f"--steps={steps}", *flags]
-
-
 def rows_of(workdir: Path) -> dict[int, dict]:
     """Training rows by step, without what depends on the clock."""
     path = workdir / "metrics.jsonl"
@@ -93,7 +71,7 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen):
 
 
 @pytest.mark.slow
-def test_killed_and_interrupted_runs_go_on_bit_for_bit(tmp_path):
+def test_killed_and_interrupted_runs_go_on_bit_for_bit(tmp_path, programs):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(command(whole, 24), check=True, capture_output=True, text=True)
     assert "nats below the unigram entropy" in done.stdout and "sample:" in done.stdout
@@ -126,7 +104,7 @@ def test_logits_that_are_not_finite_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_redundant_experts_change_no_result(tmp_path):
+def test_redundant_experts_change_no_result(tmp_path, programs):
     """Placed anew every 3 steps; the losses of a run without them, and resuming bit for bit."""
     extra = ("model.moe.n_redundant=4", "parallel.place_every=3")
     for name, steps, more in (("none", 12, ()), ("some", 12, extra), ("two parts", 7, extra)):
@@ -139,27 +117,41 @@ def test_redundant_experts_change_no_result(tmp_path):
         assert row["dropped_tokens"] == 0
 
 
+ERRORS = [
+    (["--config=tinny"], "did you mean 'tiny'"),
+    (["--set", "optimizer.peek_lr=1"], "did you mean 'peak_lr'"),
+    (["--mesh=dp4,xp8"], "'xp8' is not understood"),
+    (["--mesh=dp3,ep8"], "train.batch=32 sequences cannot be divided over dp * ep=24"),
+    (["--mesh=ep32"], "model.moe.n_experts=16 cannot be divided over ep=32"),
+    (["--mesh=pp2,ep8"], "comes with the pipeline"),
+    (["--set", "data.source=/no/such/text"], "/no/such/text"),
+    (["--set", "parallel.transport=ragged"], "no ragged all-to-all for CPUs"),
+    (["--mesh=ep8", "--set", "model.moe.n_redundant=6"], "model.moe.n_redundant=6 cannot be"),
+    (["--mesh=ep16x1"], "model.moe.n_groups=8 cannot be divided over nodes=16"),
+    (["--set", "parallel.capacity=0.5"], "parallel.capacity=0.5 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", ERRORS)
+def test_command_line_errors(arguments, message, tmp_path, monkeypatch):
+    """In this process, whose devices are there already."""
+    monkeypatch.setattr(
+        train, "start_devices", lambda text: parse_mesh(text, 8 if "*" in text else None)
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--workdir={tmp_path / 'run'}", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code.startswith("error: ") and message in caught.value.code
+    assert "\n" not in caught.value.code
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--config=tinny"], "did you mean 'tiny'"),
-        (["--set", "optimizer.peek_lr=1"], "did you mean 'peak_lr'"),
-        (["--mesh=dp4,xp8"], "'xp8' is not understood"),
-        (["--mesh=dp3,ep8"], r"train.batch=32 sequences cannot be divided over dp * ep=24"),
-        (["--mesh=ep32"], "model.moe.n_experts=16 cannot be divided over ep=32"),
-        (["--mesh=pp2,ep8"], "comes with the pipeline"),
-        (["--set", "data.source=/no/such/text"], "/no/such/text"),
-        (["--set", "parallel.transport=ragged"], "no ragged all-to-all for CPUs"),
-        (["--mesh=ep8", "--set", "model.moe.n_redundant=6"], "model.moe.n_redundant=6 cannot be"),
-        (["--mesh=ep16x1"], "model.moe.n_groups=8 cannot be divided over nodes=16"),
-        (["--set", "parallel.capacity=0.5"], "parallel.capacity=0.5 must be at least 1"),
-    ],
-)
-def test_command_line_errors(arguments, message, tmp_path):
+@pytest.mark.parametrize("arguments, message", [ERRORS[3], ERRORS[6]])
+def test_errors_are_the_last_line(arguments, message, tmp_path):
+    """Before it may stand that the run is on virtual devices."""
     run = [sys.executable, str(ROOT / "train.py"), f"--workdir={tmp_path / 'run'}", *arguments]
     done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]  # before it may stand that it runs on virtual devices
+    last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert "Traceback" not in done.stderr

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from reference.goldens import GOLDENS, model_of, quick_jit
+from reference.goldens import GOLDENS, model_of
 from reference.official_weights import FIELDS, dequantized, our_arrays, random_tensors, raw, write
 from reference.tensor_files import assert_same
 
@@ -313,6 +313,6 @@ def test_export_of_a_run(tmp_path, official, workdir):
 def test_logits_of_a_run_and_its_export(tmp_path, workdir):
     export_weights(workdir, tmp_path / "out", "float32")
     tokens = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 11)).astype(np.int32)
-    logits = quick_jit(lambda model, tokens: (model(tokens), model.mtp_logits(tokens)))
+    logits = nnx.jit(lambda model, tokens: (model(tokens), model.mtp_logits(tokens)))
     got, want = (logits(load_pretrained(x), tokens) for x in (tmp_path / "out", workdir))
     jax.tree.map(np.testing.assert_array_equal, got, want)

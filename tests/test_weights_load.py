@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from reference.goldens import GOLDENS, assert_close, golden, model_of, quick_jit
+from reference.goldens import GOLDENS, assert_close, golden, model_of
 from reference.official_weights import FIELDS, format_of, our_arrays, random_tensors, write
 from reference.tensor_files import assert_same
 
@@ -76,7 +76,7 @@ def test_dequantised_tensors_of_the_golden():
 def test_logits_of_the_fp8_golden():
     """Tolerance of the golden: 3e-4 + 1e-4 relative."""
     want = golden("B1_fp8")
-    got = quick_jit(lambda model, tokens: model(tokens))(model_of("B1_fp8"), want["input_ids"])
+    got = nnx.jit(lambda model, tokens: model(tokens))(model_of("B1_fp8"), want["input_ids"])
     assert_close(got, want["logits"], atol=3e-4)
 
 

@@ -1,12 +1,10 @@
-"""What the tests against the goldens share: their arrays and models, read once, and a fast jit."""
+"""What the tests against the goldens share: their arrays and models, read once."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from dsv3_jax import load_pretrained
 from dsv3_jax.layers.router import choose_experts
@@ -25,18 +23,6 @@ def golden(case: str) -> dict[str, np.ndarray]:
 @functools.cache
 def model_of(case: str, dtype: str = "float32") -> DeepSeekV3:
     return load_pretrained(GOLDENS / case, dtype)
-
-
-def quick_jit(fn: Callable) -> Callable:
-    """jit of a function (module, *arrays) for few runs: it compiles in half the time."""
-
-    @functools.partial(
-        jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-    )
-    def run(graphdef, state, *arrays):
-        return fn(nnx.merge(graphdef, state), *arrays)
-
-    return lambda module, *arrays: run(*nnx.split(module), *arrays)
 
 
 def layer_by_layer(model: DeepSeekV3, tokens) -> dict:

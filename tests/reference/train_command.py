@@ -1,0 +1,29 @@
+"""train.py on a small model, as tests of the command line run it."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = [
+    "model.width=32",
+    "model.vocab_size=512",
+    "model.n_layers=2",
+    "model.moe.n_experts=8",
+    "model.moe.n_groups=4",
+    "model.moe.n_groups_kept=2",
+    "model.moe.top_k=2",
+    "model.moe.hidden=16",
+    "train.batch=8",
+    "train.seq_len=32",
+    "train.eval_every=1000",
+    "train.sample_tokens=4",
+    "checkpoint.every=5",
+]
+
+
+def command(workdir: Path, steps: int, *more: str) -> list[str]:
+    """`steps` steps on the project's own sources."""
+    text = [f"data.source={ROOT / 'dsv3_jax'}", f"data.cache_dir={workdir.parent / 'cache'}"]
+    flags = [f"--set={setting}" for setting in [*SMALL, *text, *more]]
+    run = [sys.executable, str(ROOT / "train.py"), "--mesh=dp2,ep2"]
+    return [*run, f"--workdir={workdir}", f"--steps={steps}", *flags]
