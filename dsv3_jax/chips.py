@@ -135,6 +135,11 @@ def compiler_options(device_kind: str) -> dict[str, bool | int | str]:
     return dict(next((chip.compiler_options for chip in chips), ()))
 
 
+def multiplies_fp8(device_kind: str) -> bool:
+    """Whether such devices have units for products in FP8; elsewhere these are emulated."""
+    return any(c.kind == device_kind and c.fp8_peak > c.bf16_peak for c in CHIPS.values())
+
+
 def chip_of(topology: str) -> tuple[Chip, int, tuple[int, ...]]:
     """Chip, number of JAX devices and shape of a slice: "v5p:8x8x16" in chips, as libtpu writes it.
 

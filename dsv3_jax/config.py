@@ -1,6 +1,7 @@
 """What a run is: one frozen `Config`, checked where it is made."""
 
 import dataclasses
+from typing import ClassVar
 
 from sharding.mesh import MeshSpec
 
@@ -187,19 +188,29 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Number formats by role (report sec. 3.3): compute, master weights, Adam moments, dispatch.
+    """Number formats by role (report sec. 3.3): compute, master weights, Adam moments, and more.
 
-    `dispatch` is what tokens travel to their experts in, and in the backward the gradients of what
-    comes back: "compute", or "fp8" in tiles of 1x128 with power-of-two scales (sec. 3.3.3).
+    `products` are those of all Linears in layers, forward and backward, and what is kept for the
+    backward: "compute", or "fp8" with scales for tiles and blocks (sec. 3.3.2). `dispatch` is what
+    tokens travel to their experts in, and in the backward the gradients of what comes back:
+    "compute", or "fp8" in tiles of 1x128 with power-of-two scales (sec. 3.3.3).
     """
+
+    NAMED: ClassVar[dict[str, dict]] = {  # what `--set precision=NAME` stands for
+        "float32": {"compute": "float32", "products": "compute", "dispatch": "compute"},
+        "bfloat16": {"compute": "bfloat16", "products": "compute", "dispatch": "compute"},
+        "fp8": {"compute": "bfloat16", "products": "fp8", "dispatch": "fp8"},
+    }
 
     compute: str = "bfloat16"
     master: str = "float32"
     moments: str = "bfloat16"
+    products: str = "compute"
     dispatch: str = "compute"
 
     def __post_init__(self):
-        _check_choice("precision.dispatch", self.dispatch, ("compute", "fp8"))
+        for name in ("products", "dispatch"):
+            _check_choice(f"precision.{name}", getattr(self, name), ("compute", "fp8"))
         for name in ("compute", "master", "moments"):
             _check_choice(f"precision.{name}", getattr(self, name), ("float32", "bfloat16"))
 
@@ -271,6 +282,7 @@ class Config:
     model: ModelConfig
     train: TrainConfig
     init_from: str | None = None  # a folder whose weights a fresh run starts with
+    fp8_stats: bool = False  # count at each evaluation how numbers become FP8 codes
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     losses: LossConfig = LossConfig()
@@ -281,6 +293,11 @@ class Config:
     def __post_init__(self):
         length, pieces = self.train.seq_len, self.parallel.pieces
         _check_multiple("train.seq_len", length, "parallel.pieces", pieces)
+        if self.fp8_stats and self.precision.products != "fp8":
+            raise ValueError(
+                f"fp8_stats=True counts FP8 codes, but precision.products="
+                f"{self.precision.products!r}; add --set precision=fp8"
+            )
 
 
 def check_mesh(config: Config, mesh: MeshSpec):

@@ -26,7 +26,9 @@ class MTP(nnx.Module):
         width, eps = config.width, config.norm_eps
         self.embedding_norm = RMSNorm(width, eps)
         self.hidden_norm = RMSNorm(width, eps)
-        self.join = Linear(2 * width, width, ("embed", "embed"), config.init_std, rngs=rngs)
+        self.join = Linear(
+            2 * width, width, ("embed", "embed"), config.init_std, fp8=False, rngs=rngs
+        )
         self.block = MoEBlock(config, rngs=rngs)
         self.norm = RMSNorm(width, eps)
 

@@ -32,13 +32,25 @@ def _replace(config, path: str, keys: list[str], text: str):
     hints = typing.get_type_hints(type(config))
     if keys[0] not in hints:
         raise KeyError(f"unknown config key {path!r}: in it {keys[0]!r}: {nearest(keys[0], hints)}")
-    if len(keys) == 1:
+    if len(keys) == 1 and dataclasses.is_dataclass(hints[keys[0]]):
+        value = _named(getattr(config, keys[0]), path, text)
+    elif len(keys) == 1:
         value = _parse(path, text, hints[keys[0]])
     elif dataclasses.is_dataclass(child := getattr(config, keys[0])):
         value = _replace(child, path, keys[1:], text)
     else:
         raise KeyError(f"config key {path!r}: {keys[0]!r} is {child!r} and has no fields")
     return dataclasses.replace(config, **{keys[0]: value})
+
+
+def _named(config, path: str, name: str):
+    """A part of a config with the fields that a name stands for, such as "precision=fp8"."""
+    known = getattr(type(config), "NAMED", {})
+    if name not in known:
+        first = dataclasses.fields(config)[0].name
+        ask = nearest(name, known) if known else f"set its fields, such as {path}.{first}"
+        raise ValueError(f"--set {path}={name}: no such {path}; {ask}")
+    return dataclasses.replace(config, **known[name])
 
 
 def _parse(path: str, text: str, hint):

@@ -16,7 +16,7 @@ always as they are (report sec. 3.3.3).
 
 Two transports carry the same rounds. The padded one sends full rounds by `all_to_all` and puts in
 order what arrived. The ragged one sends what there is by `ragged_all_to_all`, each piece straight
-to its place (checked here by an emulation, compiled for v5p).
+to its place (checked here by an emulation, compiled for v5p, tpu7x and H100).
 """
 
 import functools

@@ -50,6 +50,8 @@ def with_replicas(experts, extra: jax.Array, mesh: MeshSpec):
     mine = extra // n_local == me
 
     def one(x: jax.Array) -> jax.Array:
+        if x.dtype.itemsize == 1:  # sums want a number format that all devices can add
+            return one(x.view(jnp.uint8)).view(x.dtype)
         wanted = jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x[extra % n_local], 0)
         return jnp.concatenate([x, lax.psum_scatter(wanted, EXPERT_AXES, tiled=True)])
 

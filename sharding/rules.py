@@ -58,14 +58,47 @@ class Layout:
         The gradient is summed in the stored dtype and comes back as a shard. What is whole already
         is left as it is.
         """
-        stack = x.ndim - len(names)
-        split = _split(self.mesh, self.zero, names, sizes)
-        moves = tuple(
+        return _gather(x, self._moves(x.ndim, x.shape, names, sizes), self.mesh, dtype)
+
+    def _moves(self, ndim: int, shape: tuple, names: tuple, sizes: tuple) -> tuple:
+        """Dims and mesh axes along which a shard of that shape is to be gathered."""
+        stack, split = ndim - len(names), _split(self.mesh, self.zero, names, sizes)
+        return tuple(
             (stack + dim, split[dim])
             for dim, name in enumerate(names)
-            if split[dim] and name not in KEPT and x.shape[stack + dim] < sizes[dim]
+            if split[dim] and name not in KEPT and shape[stack + dim] < sizes[dim]
         )
-        return _gather(x, moves, self.mesh, dtype)
+
+    def landing(self, x: jax.Array, names: tuple, sizes: tuple) -> jax.Array:
+        """Of the shape that `gather` gives, to no use but that a gradient comes in for it.
+
+        It comes back as that of the stored shard `x`, summed.
+        """
+        return _landing(x, self._moves(x.ndim, x.shape, names, sizes), self.mesh)
+
+    def scatter(self, grad: jax.Array, like: jax.Array, names: tuple, sizes: tuple) -> jax.Array:
+        """The gradient of what `gather` gives -> that of the shard, summed in the dtype of `like`.
+
+        Args:
+            like: the shard.
+        """
+        moves = self._moves(like.ndim, like.shape, names, sizes)
+        return _scattered(grad.astype(like.dtype), moves, self.mesh)
+
+    def start(self, x: jax.Array, names: tuple, sizes: tuple) -> tuple:
+        """Where a stored shard begins in each dim of its parameter."""
+        split, shape = _split(self.mesh, self.zero, names, sizes), x.shape[x.ndim - len(names) :]
+        return tuple(
+            jax.lax.axis_index(axes) * n if axes and n < size else 0
+            for axes, n, size in zip(split, shape, sizes, strict=True)
+        )
+
+    def largest(self, x: jax.Array, names: tuple, sizes: tuple) -> jax.Array:
+        """Maximum over the devices that share a parameter, each with its own x."""
+        split = _split(self.mesh, self.zero, names, sizes)
+        shared = (dim for name, dim in zip(names, split, strict=True) if dim and name not in KEPT)
+        axes = tuple(axis for dim in shared for axis in dim if self.mesh.size(axis) > 1)
+        return jax.lax.pmax(x, axes) if axes else x
 
     def whole_sum(self, grad: jax.Array, names: tuple, sizes: tuple) -> jax.Array:
         """A stored gradient, summed over the axes where its parameter is stored whole.
@@ -113,10 +146,27 @@ def _gather_forward(x, moves, mesh, dtype):
 
 
 def _gather_backward(moves, mesh, dtype, like, grad):
-    grad = grad.astype(like.dtype)
-    for dim, axes in reversed(moves):
-        grad = scatter_sum(grad, axes, dim, mesh)
-    return (grad,)
+    return (_scattered(grad.astype(like.dtype), moves, mesh),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _landing(x: jax.Array, moves: tuple, mesh: MeshSpec) -> jax.Array:
+    shape = list(x.shape)
+    for dim, axes in moves:
+        shape[dim] *= mesh.size(*axes)
+    return jnp.zeros(shape, x.dtype)
+
+
+_landing.defvjp(
+    lambda x, moves, mesh: (_landing(x, moves, mesh), None),
+    lambda moves, mesh, _, grad: (_scattered(grad, moves, mesh),),
+)
+
+
+def _scattered(grad: jax.Array, moves: tuple, mesh: MeshSpec) -> jax.Array:
+    for dim, axes in reversed(moves):
+        grad = scatter_sum(grad, axes, dim, mesh)
+    return grad

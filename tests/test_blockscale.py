@@ -273,3 +273,15 @@ def test_useless_known_scale_is_not_used(scale):
 def test_weights_too_small_for_a_scale_become_zero(x):
     got = requantize_jit(jnp.full((3, 5), x, jnp.float32), SMALL)
     assert got.scale == 1.0 and not dequantize_jit(got, SMALL).any()
+
+
+@pytest.mark.parametrize("block", [TILE, BLOCK, (128, 1)])
+def test_a_nan_takes_its_whole_block_in_large_arrays(block):
+    """XLA's maximum of floats loses a NaN on CPUs, from 16 rows on."""
+    x = np.ones((256, 256), np.float32)
+    x[100, 200] = np.nan
+    got = np.array(dequantize_jit(quantize_jit(x, block), block))
+    rows, cols = (slice(i // n * n, i // n * n + n) for i, n in zip((100, 200), block, strict=True))
+    assert np.isnan(got[rows, cols]).all()
+    got[rows, cols] = 1.0
+    np.testing.assert_array_equal(got, 1.0)

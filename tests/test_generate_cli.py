@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference.cases import CONFIG, build
-from test_training import ROOT, command
+from reference.train_command import ROOT, command
 
 from dsv3_jax import generate, save_pretrained
 from dsv3_jax.data import Prompts, Tokenizer, train_bpe
@@ -82,7 +82,7 @@ def test_chat(folder, tmp_path, monkeypatch, capsys):
         asked_for.append((ids, *arguments))
         yield Step(np.array([ids_of("x")[0], ids_of("y")[0]]), np.array([False, False]))
 
-    monkeypatch.setattr(generate, "Generator", lambda model, mesh: answer)
+    monkeypatch.setattr(generate, "Generator", lambda model, mesh, fp8_cache: answer)
     run(monkeypatch, *asked(weights, "--max-new=7", "--chat", "--seed=3", "--temperature=2"))
     assert capsys.readouterr().out == f"{PROMPTS[0]}\nx\n\n{PROMPTS[1]}\ny\n"
     ids = [tokenizer().encode(f"<user>{text}<answer>") for text in PROMPTS]
@@ -213,7 +213,7 @@ def test_exit_code(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_workdir_of_train(tmp_path):
+def test_a_workdir_of_train(tmp_path, programs):
     """In fresh processes, the continuation on a mesh as well."""
     workdir = tmp_path / "run"
     subprocess.run(command(workdir, 2), check=True, capture_output=True)

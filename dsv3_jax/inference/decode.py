@@ -1,6 +1,7 @@
 """Prefill and decode with the latent cache (report sec. 2.1.1): the model over a growing text.
 
-The cache holds c_kv and k_rope of every token and layer: 576 numbers a token a layer at 671B. The
+The cache holds c_kv and k_rope of every token and layer: 576 numbers a token a layer at 671B, which
+are 1,152 bytes in bfloat16, and 656 with c_kv in FP8 tiles of 128. The
 prefill runs the prompt with expanded keys and values; every further token reads the cache in the
 absorbed form. Rows of a batch are padded on the left, so that all of them grow at the same place.
 
@@ -20,14 +21,22 @@ from jax import lax
 from dsv3_jax.layers.block import Block
 from dsv3_jax.layers.mla import Latents
 from dsv3_jax.model import DeepSeekV3, positions_of
+from dsv3_jax.numerics.blockscale import TILE, Scaled, dequantize, quantize
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.rules import Layout
+
+
+class Fp8Latents(NamedTuple):
+    """`Latents` with c_kv in tiles of 128; the rotary key, a ninth of the numbers, stays wide."""
+
+    c_kv: Scaled  # values [B S C]
+    k_rope: Float[Array, "B S R"]
 
 
 class Cache(NamedTuple):
     """What is remembered of a batch of texts."""
 
-    layers: tuple[Latents, ...]  # [B S ...] each; places from `length` on are not yet filled
+    layers: tuple[Latents | Fp8Latents, ...]  # [B S ...] each, filled to `length`
     start: Int[Array, " B"]  # where each row's text begins, after its padding
     length: Int[Array, ""]
 
@@ -57,17 +66,26 @@ def _unstacked(stack: nnx.Module | None) -> list[Block]:
 
 
 def prefill(
-    served: Served, tokens: Int[Array, "B T"], start: Int[Array, " B"], size: int, layout: Layout
+    served: Served,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, " B"],
+    size: int,
+    layout: Layout,
+    fp8: bool = False,
 ) -> tuple[Float32[Array, "B V"], Cache]:
-    """Logits after the last token of each row, and a cache with room for `size` tokens."""
+    """Logits after the last token of each row, and a cache with room for `size` tokens.
+
+    Args:
+        fp8: whether the cache holds c_kv in FP8; `extend` goes on as it finds it.
+    """
     positions = positions_of(tokens)
     seen_from = jnp.minimum(start[:, None], positions)  # padding sees itself: no empty softmax
     room = ((0, 0), (0, size - tokens.shape[1]), (0, 0))
-    layers = []
+    layers: list[Latents | Fp8Latents] = []
 
     def attend(block, h):
         latents = block.attention.latents(h, positions)
-        layers.append(jax.tree.map(lambda x: jnp.pad(x, room), latents))
+        layers.append(jax.tree.map(lambda x: jnp.pad(x, room), _stored(latents, fp8)))
         pairs = block.attention.keys_values(latents)
         how = (seen_from, layout.mesh.platform)
         return block.attention.expanded(block.attention.queries(h, positions), *pairs, *how)
@@ -85,24 +103,34 @@ def extend(
     There must be room for them: places past the end would overwrite the last ones.
     """
     positions = cache.length + positions_of(tokens)
-    place = jnp.arange(cache.layers[0].c_kv.shape[1])[None, None, :]
+    place = jnp.arange(cache.layers[0].k_rope.shape[1])[None, None, :]
     seen = (place <= positions[:, :, None]) & (place >= cache.start[:, None, None])
     before, layers = iter(cache.layers), []
 
     def attend(block, h):
-        new = block.attention.latents(h, positions)
+        old = next(before)
+        new = _stored(block.attention.latents(h, positions), isinstance(old, Fp8Latents))
         grown = jax.tree.map(
-            lambda old, x: lax.dynamic_update_slice_in_dim(old, x, cache.length, 1),
-            next(before),
-            new,
+            lambda old, x: lax.dynamic_update_slice_in_dim(old, x, cache.length, 1), old, new
         )
         grown = lax.optimization_barrier(grown)  # one update, read by all below, in place
         layers.append(grown)
-        return block.attention.absorbed(block.attention.queries(h, positions), grown, seen)
+        past = _read(grown, h.dtype)
+        return block.attention.absorbed(block.attention.queries(h, positions), past, seen)
 
     hidden = _through(served, tokens, layout, attend)
     logits = served.around.logits(hidden, layout)
     return logits, Cache(tuple(layers), cache.start, cache.length + tokens.shape[1])
+
+
+def _stored(latents: Latents, fp8: bool) -> Latents | Fp8Latents:
+    return Fp8Latents(quantize(latents.c_kv, TILE), latents.k_rope) if fp8 else latents
+
+
+def _read(latents: Latents | Fp8Latents, dtype: jnp.dtype) -> Latents:
+    if isinstance(latents, Latents):
+        return latents
+    return Latents(dequantize(latents.c_kv, TILE, dtype), latents.k_rope)
 
 
 def _through(

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.inference.decode import Cache, Served, extend, prefill
+from dsv3_jax.inference.decode import Cache, Fp8Latents, Served, extend, prefill
 from dsv3_jax.inference.sampling import GREEDY, Sampling, choose_tokens
 from dsv3_jax.layers.linear import specs
 from dsv3_jax.layers.mla import Latents
@@ -35,8 +35,10 @@ class Generator:
     a multiple of the mesh's data shares.
     """
 
-    def __init__(self, model: DeepSeekV3, mesh: Mesh, capacity: float = 1.25):
-        self.config = model.config
+    def __init__(
+        self, model: DeepSeekV3, mesh: Mesh, capacity: float = 1.25, fp8_cache: bool = False
+    ):
+        self.config, self._fp8_cache = model.config, fp8_cache
         self._mesh = mesh
         self._layout = Layout(mesh=spec_of(mesh), zero=0, capacity=capacity)
         self._graphdef, state = nnx.split(Served(model))
@@ -89,7 +91,7 @@ class Generator:
             return nnx.merge(self._graphdef, self._treedef.unflatten(leaves))
 
         def first(leaves, tokens, start, keys):
-            logits, cache = prefill(served(leaves), tokens, start, size, layout)
+            logits, cache = prefill(served(leaves), tokens, start, size, layout, self._fp8_cache)
             return choose_tokens(logits, keys, cache.length - start, sampling), cache
 
         def further(leaves, tokens, cache, keys):
@@ -97,7 +99,8 @@ class Generator:
             place = cache.length - cache.start
             return choose_tokens(logits[:, 0], keys, place, sampling), cache
 
-        layers = (Latents(BATCH, BATCH),) * self.config.n_layers
+        kind = Fp8Latents if self._fp8_cache else Latents
+        layers = (kind(BATCH, BATCH),) * self.config.n_layers
         caches = Cache(layers, BATCH, REPLICATED)
         out = (BATCH, caches)
         first = region(first, self._mesh, (self._specs, BATCH, BATCH, BATCH), out)

@@ -25,7 +25,12 @@ from dsv3_jax.layers import rope
 from dsv3_jax.layers.attention import causal_attention
 from dsv3_jax.layers.linear import Linear
 from dsv3_jax.layers.norm import RMSNorm
+from dsv3_jax.numerics.fp8 import Keep
+from dsv3_jax.numerics.products import weight_itself
 from dsv3_jax.shapes import Array, Bool, Float, Int
+
+# In FP8, the input of the Linear behind attention (report sec. 3.3.3).
+ATTENDED = Keep(power_of_two=True, e5m6=True)
 
 
 class Queries(NamedTuple):
@@ -111,7 +116,7 @@ class MLA(nnx.Module):
         """
         how = (rope.softmax_scale(self.config), start, platform)
         o = causal_attention(jnp.concatenate(q, axis=-1), keys, values, *how)
-        return self.out(rearrange(o, "b h t o -> b t (h o)"))
+        return self.out(rearrange(o, "b h t o -> b t (h o)"), ATTENDED)
 
     def absorbed(
         self, q: Queries, latents: Latents, seen: Bool[Array, "B T S"]
@@ -122,7 +127,8 @@ class MLA(nnx.Module):
             seen: which remembered tokens each query sees.
         """
         a, wide = self.config, {"preferred_element_type": jnp.float32}
-        up = rearrange(self.kv_up.kernel[...], "c (h k) -> c h k", h=a.n_heads).astype(q.nope.dtype)
+        up = weight_itself(self.kv_up.kernel.get_value(), q.nope.dtype)
+        up = rearrange(up, "c (h k) -> c h k", h=a.n_heads)
         w_uk, w_uv = jnp.split(up, [a.nope_dim], axis=-1)
         q_latent = jnp.einsum("BHTN,CHN->BHTC", q.nope, w_uk)
         scores = jnp.einsum("BSC,BHTC->BSHT", latents.c_kv, q_latent, **wide)
@@ -132,4 +138,4 @@ class MLA(nnx.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(latents.c_kv.dtype)
         o_latent = jnp.einsum("BHTS,BSC->BHTC", weights, latents.c_kv)
         o = jnp.einsum("BHTC,CHO->BTHO", o_latent, w_uv)
-        return self.out(rearrange(o, "b t h o -> b t (h o)"))
+        return self.out(rearrange(o, "b t h o -> b t (h o)"), ATTENDED)

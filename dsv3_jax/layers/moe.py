@@ -14,10 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.layers.ffn import SwiGLU, swiglu
+from dsv3_jax.layers.ffn import SwiGLU
 from dsv3_jax.layers.linear import weight
 from dsv3_jax.layers.router import choose_experts, expert_counts, sequence_balance
-from dsv3_jax.numerics.grouped_matmul import grouped_matmul
+from dsv3_jax.numerics.fp8 import Keep
+from dsv3_jax.numerics.products import Groups, Weight, gated_product, product
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.expert_parallel import Route, exchange, route_of
 from sharding.replicas import slots_of, with_replicas
@@ -69,8 +70,9 @@ class MoE(nnx.Module):
         expert = ("expert", "embed", "mlp")
         self.router = weight(rngs, (width, m.n_experts), ("embed", "router"), std, wide=True)
         self.bias = BalanceBias(jnp.zeros(m.n_experts, jnp.float32))
-        self.gate_up = weight(rngs, (m.n_experts, width, 2 * m.hidden), expert, std)
-        self.down = weight(rngs, (m.n_experts, m.hidden, width), ("expert", "mlp", "embed"), std)
+        down = ("expert", "mlp", "embed")
+        self.gate_up = weight(rngs, (m.n_experts, width, 2 * m.hidden), expert, std, fp8=True)
+        self.down = weight(rngs, (m.n_experts, m.hidden, width), down, std, fp8=True)
         if m.n_redundant:
             self.redundant = Redundant(jnp.zeros(m.n_redundant, jnp.int32))
         if m.n_shared:
@@ -89,7 +91,7 @@ class MoE(nnx.Module):
         ids = jnp.where(lost[:, None], m.n_experts, ids)
         gates, ids = checkpoint_name(gates, "gates"), checkpoint_name(ids, "expert_ids")
         route = self.route(layout, tokens.shape[0])
-        experts = (self.gate_up[...].astype(h.dtype), self.down[...].astype(h.dtype))
+        experts = (self.gate_up.get_value(), self.down.get_value())
         slots = ids
         if m.n_redundant:
             experts = with_replicas(experts, self.redundant[...], layout.mesh)
@@ -127,18 +129,16 @@ class MoE(nnx.Module):
 
 def apply_experts(
     platform: str,
-    params: tuple[Float[Array, "e D F2"], Float[Array, "e F D"]],
+    params: tuple[Weight, Weight],
     rows: Float[Array, "r D"],
     gates: Float32[Array, " r"],
     sizes: Int[Array, " e"],
 ) -> Float[Array, "r D"]:
     """gate * FFN_expert(row) for rows grouped by expert; unspecified beyond the last group.
 
-    The gate multiplies the hidden layer, which is narrower than the result and, unlike it, at hand
-    in the backward.
+    Rows that came in FP8 have power-of-two scales, under which they are the same codes again.
     """
     gate_up, down = params
-    rows = checkpoint_name(rows, "dispatched")
-    hidden = checkpoint_name(grouped_matmul(rows, gate_up, sizes, platform), "expert_hidden")
-    gated = swiglu(hidden) * gates[:, None].astype(rows.dtype)
-    return grouped_matmul(gated, down, sizes, platform)
+    groups = Groups(sizes, platform)
+    hidden = product(rows, gate_up, Keep("dispatched", power_of_two=True), groups)
+    return gated_product(hidden, down, Keep("expert_hidden"), gates, groups)

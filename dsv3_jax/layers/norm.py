@@ -13,7 +13,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, width: int, eps: float):
         self.eps = eps
         self.scale = nnx.Param(
-            jnp.ones(width, jnp.float32), names=("norm",), sizes=(width,), wide=True
+            jnp.ones(width, jnp.float32), names=("norm",), sizes=(width,), wide=True, fp8=False
         )
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from dsv3_jax.layers.linear import assemble
+from dsv3_jax.layers.linear import assemble, landed, landings, scatter
 from sharding.rules import Layout
 
 # What the backward of a layer finds in memory under remat="report"; norms, MLA up-projections, the
@@ -80,8 +80,11 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
     def gathered(shards):
         return assemble(shards, layout, compute)
 
+    def scattered(grads, like):
+        return scatter(grads, like, layout)
+
     def layer(weights, aside, slot, carry):
-        between = functools.partial(_between, gathered, aside, slot)
+        between = functools.partial(_between, scattered, aside, slot)
         return fn(nnx.merge(graphdef, weights), carry, between)
 
     @jax.custom_vjp
@@ -91,8 +94,8 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
     def forward(state, carry):
         def body(carry_weights, index):
             carry, weights = carry_weights
-            coming = gathered(stored(state, index + 1))
-            d_after, slot = jax.tree.map(jnp.zeros_like, (weights, stored(state, index)))
+            coming, slot = gathered(stored(state, index + 1)), landings(stored(state, index))
+            d_after, slot = jax.tree.map(jnp.zeros_like, (landings(weights), slot))
             inputs = (weights, (coming, d_after), slot)
             (carry, out), pull = jax.vjp(_kept(layer, remat), *inputs, carry)
             return (carry, coming), (out, _without(pull, inputs))
@@ -112,14 +115,15 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
 
         def body(parts, item):
             (d_carry, weights, d_after, total), (index, pull) = parts, item
-            coming, slot = gathered(stored(state, index - 1)), stored(state, index)
+            coming, slot = gathered(stored(state, index - 1)), landings(stored(state, index))
             d_out = jax.tree.map(functools.partial(_entry, index), d_outs)
             pull = _with(pull, (weights, (coming, d_after), slot))
             d_weights, _, d_shards, d_carry = pull((d_carry, d_out))
-            return (d_carry, coming, d_weights, put(total, index + 1, d_shards)), None
+            total = put(total, index + 1, d_shards)
+            return (d_carry, coming, landings(d_weights), total), None
 
         weights = gathered(stored(state, n_layers - 1))
-        zeros = jax.tree.map(jnp.zeros_like, (weights, state))
+        zeros = jax.tree.map(jnp.zeros_like, (landings(weights), landings(state)))
         (d_carry, _, d_first, total), _ = lax.scan(
             body,
             (d_carry, weights, *zeros),
@@ -127,15 +131,15 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
             reverse=True,
             unroll=layout.unroll,
         )
-        d_shards = jax.vjp(gathered, stored(state, 0))[1](d_first)[0]
-        return put(total, 0, d_shards), d_carry
+        total = put(total, 0, scattered(d_first, landings(stored(state, 0))))
+        return landed(state, total), d_carry
 
     run.defvjp(forward, backward)
     return run(state, carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _between(gathered, aside, slot, x):
+def _between(scattered, aside, slot, x):
     """`x`, but not before the weights of the next layer are there.
 
     From here on the backward scatters the gradients of the layer after, which are the second part
@@ -144,14 +148,14 @@ def _between(gathered, aside, slot, x):
     return lax.optimization_barrier((x, aside[0]))[0]
 
 
-def _between_forward(gathered, aside, slot, x):
-    return _between(gathered, aside, slot, x), (aside[1], slot)
+def _between_forward(scattered, aside, slot, x):
+    return _between(scattered, aside, slot, x), (aside[1], slot)
 
 
-def _between_backward(gathered, saved, grad):
+def _between_backward(scattered, saved, grad):
     d_after, slot = saved
     grad, d_after = lax.optimization_barrier((grad, d_after))
-    return None, jax.vjp(gathered, slot)[1](d_after)[0], grad
+    return None, scattered(d_after, slot), grad
 
 
 _between.defvjp(_between_forward, _between_backward)

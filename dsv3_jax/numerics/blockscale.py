@@ -4,6 +4,8 @@ E4M3 reaches from 2^-9 to 448 with 3 bits of fraction; the scale takes a block's
 magnitude, to 448. A NaN or an infinity turns its whole block into NaN: it is never hidden.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,8 +15,9 @@ from jax import lax
 from dsv3_jax.shapes import Array, Float, Float32
 from sharding.dispatch import Wire
 
-E4M3_MAX = 448.0
+E4M3, E4M3_MAX = jnp.dtype(jnp.float8_e4m3fn), 448.0
 TILE = (1, 128)  # activations: one scale per token and 128 channels
+COLUMN = (128, 1)  # what is summed over tokens: one scale per channel and 128 tokens
 BLOCK = (128, 128)  # weights
 AMAX_FLOOR = 1e-4  # of the published activation kernel: a block of zeros has a scale, too
 AMAX_TINY = E4M3_MAX * 2.0**-126  # below it, amax / 448 is no normal float32
@@ -41,6 +44,31 @@ def quantize(
     amax = jnp.maximum(_amax(x, block), floor)
     scale = _power_of_two_scale(amax) if power_of_two else _exact_scale(amax)
     return Scaled(_codes(x, scale, block), scale)
+
+
+def quantize_share(
+    x: Float[Array, "*B r d"], start: tuple, whole: tuple[int, int], largest: Callable
+) -> Scaled:
+    """This device's share of a weight in blocks of 128x128 -> its codes, and all blocks' scales.
+
+    A block may lie on several devices, so the codes are those of the whole, however it is split.
+
+    Args:
+        start: row and column of the weight where the share begins.
+        whole: rows and columns of the weight.
+        largest: maximum over all devices that hold a share of the weight.
+    """
+    # Shares begin at multiples of `unit`, as blocks do: a unit lies in one share and in one block.
+    (rows, cols), (r, d) = whole, x.shape[-2:]
+    unit = (math.gcd(r, rows, BLOCK[0]), math.gcd(d, cols, BLOCK[1]))
+    block = (BLOCK[0] // unit[0], BLOCK[1] // unit[1])  # in units
+    at = (0,) * (x.ndim - 2) + (start[0] // unit[0], start[1] // unit[1])
+    mine = _amax(x, unit)
+    units = jnp.zeros((*x.shape[:-2], rows // unit[0], cols // unit[1]), jnp.float32)
+    units = largest(lax.dynamic_update_slice(units, mine, at))
+    scale = _exact_scale(jnp.maximum(_amax(units, block), AMAX_FLOOR))
+    each = lax.dynamic_slice(_spread(scale, block, units.shape), at, mine.shape)
+    return Scaled(_codes(x, each, unit), scale)
 
 
 def dequantize(scaled: Scaled, block: tuple[int, int], dtype=jnp.float32) -> Float[Array, "..."]:
@@ -111,12 +139,16 @@ def _fits(w, scale, block: tuple[int, int]):
 
 def _codes(x, scale, block: tuple[int, int]):
     """The E4M3 numbers nearest to x / scale, ties to even; scales that belong to x keep to 448."""
-    return (x.astype(jnp.float32) / _spread(scale, block, x.shape)).astype(jnp.float8_e4m3fn)
+    return (x.astype(jnp.float32) / _spread(scale, block, x.shape)).astype(E4M3)
 
 
 def _amax(x, block: tuple[int, int]):
-    """Largest magnitude of each block, NaN if it holds one."""
-    return _blocks(jnp.abs(x.astype(jnp.float32)), block, 0.0).max(axis=(-3, -1))
+    """Largest magnitude of each block, NaN if it holds one.
+
+    By the bits, whose order is that of magnitudes with NaN on top: maxima of floats may lose it.
+    """
+    bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+    return lax.bitcast_convert_type(_blocks(bits, block, 0).max(axis=(-3, -1)), jnp.float32)
 
 
 def _blocks(x, block: tuple[int, int], fill):

@@ -38,87 +38,91 @@ def grouped_matmul(
             expands it, and compiled for v5p and tpu7x), on "gpu" or "cuda" a Pallas kernel (checked
             in interpret mode and compiled for H100).
     """
-    return _forward(rows, weights, sizes, platform)[0]
+    return product(rows, weights, sizes, platform)
 
 
 def _forward(rows, weights, sizes, platform):
-    product, _ = _BACKENDS.get(platform, _WALK)
-    return product(rows, weights, sizes), (rows, weights, sizes)
+    return product(rows, weights, sizes, platform), (rows, weights, sizes)
 
 
 def _backward(platform, saved, grad):
     """Gradients of rows (dgrad) and, summed in float32, of weights (wgrad)."""
     rows, weights, sizes = saved
-    _, gradients = _BACKENDS.get(platform, _WALK)
-    d_rows, d_weights = gradients(rows, weights, sizes, grad)
-    return d_rows, d_weights.astype(weights.dtype), None
+    d_rows = product(grad, weights, sizes, platform, transposed=True)
+    return d_rows, outer(rows, grad, sizes, platform, weights.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _ragged_product(rows, weights, sizes, summed: int = 1):
-    """`summed` is the dim of a weight that the rows' last one meets."""
-    dims = lax.RaggedDotDimensionNumbers(
-        (((1,), (summed,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
-    )
-    return lax.ragged_dot_general(rows, weights, sizes, dims, preferred_element_type=rows.dtype)
+def product(
+    rows: Float[Array, "r _"],
+    weights: Float[Array, "e _ _"],
+    sizes: Int[Array, " e"],
+    platform: str,
+    transposed: bool = False,
+) -> Float[Array, "r _"]:
+    """`grouped_matmul`, or with the transposes of the weights, without a gradient."""
+    if platform == "tpu":
+        dims = lax.RaggedDotDimensionNumbers(
+            (((1,), (2 if transposed else 1,)), ((), ())),
+            lhs_ragged_dimensions=(0,),
+            rhs_group_dimensions=(0,),
+        )
+        return lax.ragged_dot_general(rows, weights, sizes, dims, preferred_element_type=rows.dtype)
+    if platform in ("gpu", "cuda"):
+        return grouped_product(rows, weights, sizes, transposed)
+    return _walked_product(rows, weights, sizes, transposed)
 
 
-def _ragged_gradients(rows, weights, sizes, grad):
-    """The kernel sums in float32, whatever it returns."""
-    d_rows = _ragged_product(grad, weights, sizes, summed=2)
-    dims = lax.RaggedDotDimensionNumbers(
-        (((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
-    )
-    kind = weights.dtype
-    return d_rows, lax.ragged_dot_general(rows, grad, sizes, dims, preferred_element_type=kind)
+def outer(
+    rows: Float[Array, "r D"],
+    grad: Float[Array, "r F"],
+    sizes: Int[Array, " e"],
+    platform: str,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "e D F"]:
+    """Transposed rows of group i times its rows of `grad`, summed in float32."""
+    if platform == "tpu":
+        dims = lax.RaggedDotDimensionNumbers(
+            (((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
+        )  # the kernel sums in float32, whatever it returns
+        return lax.ragged_dot_general(rows, grad, sizes, dims, preferred_element_type=dtype)
+    if platform in ("gpu", "cuda"):
+        return grouped_outer(rows, grad, sizes, dtype)
+    return _walked_outer(rows, grad, sizes).astype(dtype)
 
 
-def _gpu_gradients(rows, weights, sizes, grad):
-    d_rows = grouped_product(grad, weights, sizes, transposed=True)
-    return d_rows, grouped_outer(rows, grad, sizes, weights.dtype)
+def _walked_product(rows, weights, sizes, transposed: bool):
+    meet, columns = ("rF,DF->rD", 1) if transposed else ("rD,DF->rF", 2)
 
+    def group(out, item):
+        w, first, stop = item
 
-def _walked_product(rows, weights, sizes):
-    def group(out, w, first, stop):
         def block(out, start, mine):
             x = lax.dynamic_slice_in_dim(rows, start, mine.size)
-            return _write(out, jnp.einsum("rD,DF->rF", x, w), start, mine)
+            y = jnp.einsum(meet, x, w)
+            y = jnp.where(mine, y, lax.dynamic_slice_in_dim(out, start, mine.size))
+            return lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
         return _blocks(rows, sizes, first, stop, block, out), None
 
-    out = jnp.zeros((rows.shape[0], weights.shape[2]), rows.dtype)
-    return _groups(group, out, weights, sizes)[0]
+    ends, out = jnp.cumsum(sizes), jnp.zeros((rows.shape[0], weights.shape[columns]), rows.dtype)
+    return lax.scan(group, out, (weights, ends - sizes, ends))[0]
 
 
-def _walked_gradients(rows, weights, sizes, grad):
-    """Both in one walk."""
-
-    def group(d_rows, w, first, stop):
-        def block(carry, start, mine):
-            d_rows, d_w = carry
+def _walked_outer(rows, grad, sizes):
+    def group(_, item):
+        def block(total, start, mine):
             parts = (lax.dynamic_slice_in_dim(part, start, mine.size) for part in (rows, grad))
             x, g = (jnp.where(mine, part, 0) for part in parts)
-            d_rows = _write(d_rows, jnp.einsum("rF,DF->rD", g, w), start, mine)
-            wide = {"preferred_element_type": jnp.float32}
-            return d_rows, d_w + jnp.einsum("rD,rF->DF", x, g, **wide)
+            return total + jnp.einsum("rD,rF->DF", x, g, preferred_element_type=jnp.float32)
 
-        zero = jnp.zeros(w.shape, jnp.float32)
-        return _blocks(rows, sizes, first, stop, block, (d_rows, zero))
+        zero = jnp.zeros((rows.shape[1], grad.shape[1]), jnp.float32)
+        return None, _blocks(rows, sizes, *item, block, zero)
 
-    return _groups(group, jnp.zeros_like(rows), weights, sizes)
-
-
-def _groups(group: Callable, carry, weights, sizes):
-    """Walk over the groups: (carry, matrix, first row, row after the last) -> (carry, gradient)."""
     ends = jnp.cumsum(sizes)
-
-    def body(carry, item):
-        w, size, stop = item
-        return group(carry, w, stop - size, stop)
-
-    return lax.scan(body, carry, (weights, sizes, ends))
+    return lax.scan(group, None, (ends - sizes, ends))[1]
 
 
 def _blocks(rows, sizes, first, stop, block: Callable, carry):
@@ -152,17 +156,3 @@ def _block_sizes(n_rows: int, n_groups: int) -> list[int]:
     while 2 * sizes[-1] <= min(LARGEST, n_rows):
         sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
     return sizes
-
-
-def _write(out, y, start, mine):
-    """Put the rows of `y` that belong to the block where they came from."""
-    y = jnp.where(mine, y, lax.dynamic_slice_in_dim(out, start, mine.size))
-    return lax.dynamic_update_slice_in_dim(out, y, start, 0)
-
-
-_WALK = (_walked_product, _walked_gradients)
-_BACKENDS = {
-    "tpu": (_ragged_product, _ragged_gradients),
-    "gpu": (grouped_product, _gpu_gradients),
-    "cuda": (grouped_product, _gpu_gradients),
-}

@@ -21,6 +21,7 @@ class Policy:
     master: jnp.dtype = jnp.dtype("float32")
     moments: jnp.dtype = jnp.dtype("float32")
     wire: Wire = PLAIN
+    fp8: bool = False  # products of all Linears in layers, and what their backwards keep
 
     @classmethod
     def of(cls, precision: PrecisionConfig) -> "Policy":
@@ -29,4 +30,5 @@ class Policy:
             master=jnp.dtype(precision.master),
             moments=jnp.dtype(precision.moments),
             wire=FP8_WIRE if precision.dispatch == "fp8" else PLAIN,
+            fp8=precision.products == "fp8",
         )

@@ -17,6 +17,7 @@ from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.layers.attention import QUERY_CHUNK
 from dsv3_jax.losses import PIECE
 from dsv3_jax.model import abstract_model
+from dsv3_jax.numerics.blockscale import E4M3, TILE
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.training.state import layout_of, parts_of
 from sharding.dispatch import capacity_of
@@ -61,10 +62,11 @@ def share_of(param: nnx.Variable, policy: Policy, layout: Layout, stacked: bool)
     split = split_axes(param, layout)
     kept = split_axes(param, dataclasses.replace(layout, zero=0))
     used = n // mesh.size(*kept)
+    dtype = policy.master if param.wide else E4M3 if param.fp8 and policy.fp8 else policy.compute
     return Share(
         stored=n // mesh.size(*split),
         used=used,
-        used_bytes=used * (policy.master if param.wide else policy.compute).itemsize,
+        used_bytes=used * dtype.itemsize,
         layers=param.shape[0] if stacked else 1,
         axes=tuple(axis for axis in split if axis not in kept),
         missing=layout.missing(param.names, param.sizes),
@@ -126,8 +128,9 @@ def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> fl
     With "full" its input; with "report" also what `KEPT_BY_REPORT` in layers/stack.py lists: the
     residual, latents, attention's output, the inputs and hidden layers of experts (report sec.
     3.2.3); with "none" also norms, queries, keys, values, the scores that the causal mask leaves
-    (float32) and SwiGLU products.
+    (float32) and SwiGLU products. In FP8 the inputs and hidden layers are codes with their scales.
     """
+    policy = Policy.of(config.precision)
     model, a, m = config.model, config.model.attention, config.model.moe
     n_tokens, rows = tokens_a_device(config, mesh), expert_rows(config, mesh) if experts else 0
     hidden, expert_hidden = model.dense_hidden, 0
@@ -136,15 +139,17 @@ def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> fl
     latents = (a.q_rank or 0) + a.kv_rank + a.rope_dim
     expanded = a.n_heads * (2 * (a.nope_dim + a.rope_dim) + a.value_dim)
     numbers = n_tokens * model.width
-    scores = 0.0
+    scores, codes = 0.0, 0
     if remat != "full":
-        numbers += n_tokens * (model.width + latents + a.n_heads * a.value_dim + 2 * hidden)
-        numbers += rows * (model.width + 2 * expert_hidden)
+        numbers += n_tokens * (model.width + latents + a.n_heads * a.value_dim)
+        codes = n_tokens * 2 * hidden + rows * (model.width + 2 * expert_hidden)
     if remat == "none":
         numbers += n_tokens * (2 * model.width + latents + expanded + hidden) + rows * expert_hidden
         seen = (config.train.seq_len + min(QUERY_CHUNK, config.train.seq_len)) / 2
         scores = n_tokens * a.n_heads * seen * 4
-    return numbers * Policy.of(config.precision).compute.itemsize + scores
+    item = policy.compute.itemsize
+    code = E4M3.itemsize + 4 / TILE[1] if policy.fp8 else item
+    return numbers * item + codes * code + scores
 
 
 def activations(config: Config, mesh: MeshSpec) -> dict[str, float]:

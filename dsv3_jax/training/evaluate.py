@@ -22,7 +22,7 @@ from sharding.rules import Layout
 
 def make_evaluation(config: Config, mesh: Mesh, layout: Layout) -> Callable:
     """(params, bias, batch) -> mean losses over the global batch."""
-    model_of, stored = _model_in_region(config, layout)
+    model_of, stored = model_in_region(config, layout)
 
     def shard(params, bias, batch: Batch):
         model = model_of(params, bias)
@@ -38,7 +38,7 @@ def make_sampler(config: Config, mesh: Mesh, layout: Layout, temperature: float 
     Every new token runs the model over all T places: right for a line of text after training; the
     cached decoder is for more.
     """
-    model_of, stored = _model_in_region(config, layout)
+    model_of, stored = model_in_region(config, layout)
 
     def shard(params, bias, tokens: Int[Array, "b T"], start, keys: UInt32[Array, "b 2"]):
         model = model_of(params, bias)
@@ -61,7 +61,7 @@ def _at(key: UInt32[Array, " 2"], place: Int[Array, ""]) -> jax.Array:
     return jax.random.fold_in(jax.random.wrap_key_data(key), place)
 
 
-def _model_in_region(config: Config, layout: Layout) -> tuple[Callable, nnx.State]:
+def model_in_region(config: Config, layout: Layout) -> tuple[Callable, nnx.State]:
     """How a shard makes its model of stored parameters, and the specs of those.
 
     It has no redundant experts, which change nothing.
@@ -71,7 +71,7 @@ def _model_in_region(config: Config, layout: Layout) -> tuple[Callable, nnx.Stat
     model = dataclasses.replace(config.model, moe=moe)
     graphdef, params, *_ = parts_of(abstract_model(model, policy))
 
-    def model_of(params, bias):
-        return nnx.merge(graphdef, ready(params, layout, policy.compute), bias)
+    def model_of(params, bias, counts=None):
+        return nnx.merge(graphdef, ready(params, layout, policy, counts), bias)
 
     return model_of, specs(params, layout)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from dsv3_jax import data
 from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.chips import multiplies_fp8
 from dsv3_jax.config import Config, check_mesh
 from dsv3_jax.costs import training_flops_per_token
 from dsv3_jax.losses import Batch
@@ -23,6 +24,7 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.overrides import differences, to_dict
 from dsv3_jax.training import metrics, plots
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
+from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
 from dsv3_jax.training.history import LoadHistory
 from dsv3_jax.training.redundancy import Redundancy
 from dsv3_jax.training.state import (
@@ -44,6 +46,7 @@ FREE = (
     "checkpoint.",
     "parallel.",
     "data.cache_dir",
+    "fp8_stats",
     "model.moe.n_redundant",
 )
 
@@ -97,6 +100,8 @@ class Run:
         optimizer = make_optimizer(config.optimizer, policy, self.tokens_per_step)
         self.step = make_step(config, optimizer, self.mesh, self.layout)
         self.evaluation = make_evaluation(config, self.mesh, self.layout)
+        how = (config, self.mesh, self.layout)
+        self.fp8_stats = make_fp8_stats(*how) if config.fp8_stats else None
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.state = self._start(optimizer)
         self.peak, self.peak_label = metrics.device_peak(jax.local_devices()[0], policy.compute)
@@ -130,6 +135,8 @@ class Run:
         self.checkpoints.close()
         rows = metrics.read(self.workdir / "metrics.jsonl")
         plots.plot_loss(rows, self.workdir / "plots/loss.png", self.corpus.unigram_entropy)
+        if self.config.fp8_stats:
+            plots.plot_fp8(rows, self.workdir / "plots/fp8.png")
         if self.config.model.moe:
             plots.plot_expert_load(*self.loads.arrays(), self.workdir / "plots/expert_load.png")
         if self.stopped_by is not None:
@@ -226,7 +233,11 @@ class Run:
         losses = [self.evaluation(self.state.params, self.state.bias, b) for b in batches]
         main, mtp = np.mean([jax.device_get((x.main, x.mtp)) for x in losses], axis=0)
         floor = self.corpus.unigram_entropy
-        log.log({"step": self.first, "eval_loss": float(main), "eval_mtp_loss": float(mtp)})
+        row = {"step": self.first, "eval_loss": float(main), "eval_mtp_loss": float(mtp)}
+        if self.fp8_stats:
+            counts = self.fp8_stats(self.state.params, self.state.bias, batches[0])
+            row |= shares(jax.device_get(counts))
+        log.log(row)
         progress.print(
             f"step {self.first:,}: held-out loss {main:.4f} (unigram entropy of the same text "
             f"{floor:.4f}), second token {mtp:.4f}"
@@ -252,8 +263,17 @@ class Run:
             f"({self.mesh.size} {jax.default_backend()} devices), {where}\n"
             f"text: {self.config.data.source}, {corpus.n_train_tokens:,} tokens of "
             f"{model.vocab_size:,}; held out, unigram entropy {corpus.unigram_entropy:.4f} nats\n"
+            f"{self._fp8_note()}"
             f"writing to {self.workdir}: metrics.jsonl, tensorboard/, checkpoints/, plots/",
             flush=True,
+        )
+
+    def _fp8_note(self) -> str:
+        kind = jax.local_devices()[0].device_kind
+        if self.config.precision.products != "fp8" or multiplies_fp8(kind):
+            return ""
+        return (
+            f"precision.products=fp8: {kind} devices emulate it; that is as exact, but no faster\n"
         )
 
     def _finish(self, rows: list[dict]):

@@ -83,6 +83,33 @@ def plot_expert_load(
     _save(figure, path)
 
 
+def plot_fp8(rows: list[dict], path: str | Path):
+    """Draw over the steps which shares of activations, gradients and weights FP8 loses.
+
+    Args:
+        rows: what `metrics.read` returns, of a run with `fp8_stats`.
+        path: the PNG to write.
+    """
+    rows = [row for row in rows if "fp8_weights_underflow" in row]
+    figure = matplotlib.figure.Figure(figsize=(12.0, 3.8), layout="constrained")
+    titles = {
+        "underflow": "Underflow (not 0, but the code is)",
+        "saturated": "Saturated (code \u00b1448)",
+        "not_finite": "NaN or infinite",
+    }
+    for axes, (kind, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for name, color in (("activations", BLUE), ("gradients", ORANGE), ("weights", GREEN)):
+            values = [row[f"fp8_{name}_{kind}"] for row in rows]
+            axes.plot([row["step"] for row in rows], values, "o-", color=color, label=name)
+        axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0.0)
+        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("share of the numbers in products")
+    figure.axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
 def max_violation(load: Float[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
     """By how much the busiest expert exceeds the mean load: max / mean - 1.
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.chips import compiler_options
 from dsv3_jax.config import Config
-from dsv3_jax.layers.linear import assemble, specs
+from dsv3_jax.layers.linear import assemble, in_fp8, of_parameters, specs
 from dsv3_jax.layers.moe import RouterStats
 from dsv3_jax.losses import Batch, Losses, training_loss
 from dsv3_jax.model import abstract_model
@@ -40,13 +40,20 @@ class Metrics(NamedTuple):
     router: RouterStats | None  # of every MoE layer over the global batch, MTP layers last
 
 
-def ready(params: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
-    """What is gathered before the first layer: all under ZeRO-1, else all that is not stacked."""
+def ready(
+    params: nnx.State, layout: Layout, policy: Policy, counts: nnx.State | None = None
+) -> nnx.State:
+    """What is done once a step, before the first layer: weights to FP8, if the policy says so.
+
+    And gathered: all under ZeRO-1, else all that is not stacked. `counts` as in `in_fp8`.
+    """
+    if policy.fp8:
+        params = in_fp8(params, layout, counts)
     if layout.zero == 1:
-        return assemble(params, layout, compute)
+        return assemble(params, layout, policy.compute)
     model_level = {"embedding", "head", "norm"}
     early = {name: part for name, part in params.items() if name in model_level}
-    return nnx.State({**params, **assemble(nnx.State(early), layout, compute)})
+    return nnx.State({**params, **assemble(nnx.State(early), layout, policy.compute)})
 
 
 def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
@@ -63,13 +70,13 @@ def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout
         places = by_layer(redundant, extra)
 
         def loss_fn(params):
-            model = nnx.merge(graphdef, ready(params, layout, policy.compute), bias, places)
+            model = nnx.merge(graphdef, ready(params, layout, policy), bias, places)
             how = (layout, config.parallel.remat)
             losses, stats = training_loss(model, batch, config.losses, weight, *how)
             return losses.total, (losses, stats)
 
         grads, (losses, stats) = jax.grad(loss_fn, has_aux=True)(params)
-        grads = of_parameters(layout.whole_sum, grads)
+        grads = of_parameters(lambda x, p: layout.whole_sum(x, p.names, p.sizes), grads)
         return data_sum(losses), summarize(stats), grads
 
     return region(
@@ -86,15 +93,6 @@ def summarize(stats: RouterStats | None) -> RouterStats | None:
         return None
     sums = data_sum(stats)
     return sums._replace(rounds=data_max(stats.rounds))
-
-
-def of_parameters(fn: Callable, state: nnx.State) -> nnx.State:
-    """fn(array, names, sizes) of every parameter."""
-    return jax.tree.map(
-        lambda variable: variable.replace(fn(variable[...], variable.names, variable.sizes)),
-        state,
-        is_leaf=lambda x: isinstance(x, nnx.Variable),
-    )
 
 
 def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:

@@ -1,7 +1,8 @@
 """FLOPs of the custom kernels in our programs: those of the products that they make.
 
 Under balanced routing, which the tunnel assumes, the rows of a ragged product fill 1 / capacity of
-their buffer; kernels skip the rest.
+their buffer; kernels skip the rest. Products in FP8 count as others do and are given the time of
+bfloat16's, though by the compiler's cycles their kernels take longer (README).
 """
 
 import math
@@ -23,6 +24,13 @@ def kernels(capacity: float = 1.0) -> Kernels:
         rows, _ = [shape for shape in operands if len(shape.dims) > 1][-2:]
         return 2.0 * math.prod(rows.dims) * results[0].dims[-1] / capacity
 
+    def scaled(call: Instruction, operands: list[Shape], results: list[Shape]) -> float:
+        """The same in FP8, where a dense product is one group, and fills its buffer."""
+        codes = [shape for shape in operands if shape.dtype.startswith("f8")]
+        rows = math.prod(codes[0].dims) * results[0].dims[-1]
+        n_groups = max(shape.dims[0] for shape in (*codes, *results) if len(shape.dims) == 3)
+        return 2.0 * rows / (capacity if n_groups > 1 else 1.0)
+
     attention = {
         "fwd_residuals": _attention(products=(1, 1)),
         "fwd_no_residuals": _attention(products=(1, 1)),
@@ -30,8 +38,9 @@ def kernels(capacity: float = 1.0) -> Kernels:
         "dkv_no_residuals": _attention(products=(2, 2)),
     }
     table = {f"splash_mha_{name}": kernel for name, kernel in attention.items()}
-    free = {"ragged-dot-metadata": lambda *_: 0.0}
+    free = dict.fromkeys(("ragged-dot-metadata", "swiglu_tiles"), lambda *_: 0.0)
     grouped = {"ragged-dot-none": ragged, "__gpu$xla.gpu.triton": ragged}
+    grouped |= {"grouped_scaled_matmul": scaled, "grouped_scaled_outer": scaled}
     return {**KERNELS, **grouped, **table, **free}
 
 

@@ -77,7 +77,7 @@ def kernel_name(instruction: Instruction) -> str:
     target = instruction.attribute("custom_call_target") or ""
     if target != "tpu_custom_call":
         return target
-    named = re.search(r"([^/]+)/pallas_call", instruction.op_name)
+    named = re.search(r"(?:\w+\()*(\w+)\)*/pallas_call", instruction.op_name)  # in jvp(...)
     return named[1] if named else re.sub(r"\.\d+$", "", instruction.name)
 
 

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.hf_weights import SCALE, is_turned, official_names
-from dsv3_jax.numerics.blockscale import BLOCK, Scaled, dequantize
+from dsv3_jax.hf_weights import SCALE, is_turned, official_names, our_shapes
+from dsv3_jax.numerics.blockscale import BLOCK, E4M3, Scaled, dequantize
 from dsv3_jax.shapes import Float32
 from dsv3_jax.weights.files import Folder, Range
 
@@ -157,7 +157,7 @@ def _fill(destination: np.ndarray, folder: Folder, piece: Piece):
     tensor, host = folder[piece.name], jax.local_devices(backend="cpu")[0]
     values = folder.read(piece.name, rows=piece.rows, columns=piece.columns)
     scale = None
-    if tensor.dtype == "F8_E4M3":
+    if tensor.dtype == "F8_E4M3" and destination.dtype != E4M3:
         scale = _scale_of(folder, piece)
     if piece.columns is not None and is_turned(piece.path):
         values, scale = values.T, None if scale is None else scale.T
@@ -176,6 +176,38 @@ def _scale_of(folder: Folder, piece: Piece) -> Float32[np.ndarray, "_ _"]:
         for (start, end), block in zip((piece.rows, piece.columns), BLOCK, strict=True)
     )
     return read_scale(folder, piece.name + SCALE, rows)[:, slice(*columns)]
+
+
+def load_scales(
+    folder: Folder, places: dict[str, jax.sharding.Sharding], config: ModelConfig
+) -> dict[str, jax.Array]:
+    """Scales [... D/128 F/128] of the parameters of these paths, which the files hold in FP8.
+
+    Raises:
+        ValueError: a file holds one in another format, or matrices that stand side by side here
+            begin inside of a block.
+    """
+    scales = {}
+    for path, place in places.items():
+        names = official_names(path, config)
+        width = our_shapes(config)[path][-1] // names.shape[-1]
+        if names.shape[-1] > 1 and width % BLOCK[1]:
+            raise ValueError(
+                f"{path} is {names.shape[-1]} matrices of width {width}, no multiple of "
+                f"{BLOCK[1]}: their blocks don't fit together; use dtype='bfloat16'"
+            )
+        for name in names.reshape(-1):
+            if folder[name].dtype != "F8_E4M3":
+                raise ValueError(
+                    f"{folder[name].file}: tensor {name} is {folder[name].dtype}, not FP8; use "
+                    "dtype='bfloat16'"
+                )
+        rows = np.vectorize(
+            lambda name: read_scale(folder, name + SCALE).T, signature="()->(d,f)", otypes="f"
+        )(names)
+        whole = np.concatenate(np.moveaxis(rows, names.ndim - 1, 0), axis=-1)
+        scales[path] = jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
+    return scales
 
 
 def read_scale(folder: Folder, name: str, rows: Range | None = None) -> Float32[np.ndarray, "_ _"]:

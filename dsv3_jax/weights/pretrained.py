@@ -14,10 +14,18 @@ from jax.sharding import Mesh
 from dsv3_jax.config import check_model_mesh
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.weights.sources import Advance, Source, as_model, open_weights, wanted_arrays
+from dsv3_jax.weights.sources import (
+    Advance,
+    Official,
+    Source,
+    as_model,
+    open_weights,
+    wanted_arrays,
+)
 from sharding.mesh import MeshSpec, make_mesh, parse_mesh, spec_of, start_devices
 from sharding.rules import Layout
 
+DTYPES = ("float32", "bfloat16", "fp8")
 QUIET_BELOW = 2**30  # bytes that are read without a progress bar
 
 
@@ -31,7 +39,8 @@ def load_pretrained(
 
     Args:
         dtype: "float32" or "bfloat16", of weights and compute; norms, router and balance bias are
-            float32 in both.
+            float32 in both. "fp8" for a released checkpoint in FP8 as it is: products take its
+            codes, and activations in tiles of 128; what is not in FP8 is bfloat16.
         mesh: one device if None; else e.g. "ep8", or a mesh: experts, embedding and head lie
             split over its expert axes, everything else is whole on every device.
 
@@ -44,15 +53,25 @@ def load_pretrained(
 
 def load_model(source: Source, dtype: str, mesh: str | Mesh | None) -> DeepSeekV3:
     """`load_pretrained` of what is open already."""
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     mesh = mesh_of(mesh)
     check_model_mesh(source.config, spec_of(mesh))
-    policy = Policy(compute=jnp.dtype(dtype), master=jnp.dtype(dtype))
-    wanted = wanted_arrays(source.config, policy, mesh, Layout(mesh=spec_of(mesh), zero=0))
+    wide = jnp.dtype("bfloat16" if dtype == "fp8" else dtype)
+    policy = Policy(compute=wide, master=wide, fp8=dtype == "fp8")
+    layout = Layout(mesh=spec_of(mesh), zero=0)
+    wanted = wanted_arrays(source.config, policy, mesh, layout)
+    scales: dict[str, jax.Array] = {}
+    if policy.fp8:
+        if not isinstance(source, Official):
+            raise ValueError(
+                f"dtype='fp8' reads the codes of an official checkpoint, and {source.directory} is "
+                "none; use dtype='bfloat16'"
+            )
+        scales = source.scales(mesh, layout)
     with progress(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
         arrays = source.load(wanted, advance=advance)
-    return as_model(source.config, policy, arrays)
+    return as_model(source.config, policy, arrays, scales)
 
 
 def mesh_of(mesh: str | Mesh | None) -> Mesh:

@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import jax
@@ -23,13 +24,14 @@ from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.hf_config import read_config
 from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, flatten, official_shapes, our_shapes
-from dsv3_jax.layers.linear import specs
+from dsv3_jax.layers.linear import scale_spec, specs
 from dsv3_jax.model import DeepSeekV3, abstract_model
-from dsv3_jax.numerics.blockscale import BLOCK
+from dsv3_jax.numerics.blockscale import BLOCK, E4M3, Scaled
+from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.overrides import from_dict
 from dsv3_jax.weights.files import Folder
-from dsv3_jax.weights.load import bytes_to_read, load_arrays
+from dsv3_jax.weights.load import bytes_to_read, load_arrays, load_scales
 from sharding.mesh import placement
 from sharding.rules import Layout
 
@@ -70,11 +72,15 @@ def wanted_part(wanted: Wanted, part: Part) -> Wanted:
 
 
 def wanted_arrays(config: ModelConfig, policy: Policy, mesh: Mesh, layout: Layout) -> Wanted:
-    """Every array of a model, in the master format, where the layout stores it."""
+    """Every array of a model, in the master format, where the layout stores it.
+
+    Of a policy with FP8 the codes of the weights of products, without their scales.
+    """
 
     def of(variable) -> jax.ShapeDtypeStruct:
-        wide = not isinstance(variable, nnx.Param) or variable.wide
-        dtype = jnp.float32 if wide else policy.master
+        param = isinstance(variable, nnx.Param)
+        dtype = jnp.float32 if not param or variable.wide else policy.master
+        dtype = E4M3 if param and variable.fp8 and policy.fp8 else dtype
         where = placement(mesh, specs(variable, layout))
         return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=where)
 
@@ -82,15 +88,26 @@ def wanted_arrays(config: ModelConfig, policy: Policy, mesh: Mesh, layout: Layou
     return {".".join(path): of(variable) for path, variable in nnx.to_flat_state(state)}
 
 
-def as_model(config: ModelConfig, policy: Policy, arrays: Arrays) -> DeepSeekV3:
-    """The model of which these are the arrays."""
+def as_model(
+    config: ModelConfig, policy: Policy, arrays: Arrays, scales: Arrays | None = None
+) -> DeepSeekV3:
+    """The model of which these are the arrays, and of those in FP8 the scales."""
     graphdef, state = nnx.split(abstract_model(config, policy))
-    return nnx.merge(graphdef, filled(state, arrays))
+    return nnx.merge(graphdef, filled(state, arrays, scales or {}))
 
 
-def filled(state: nnx.State, arrays: Arrays) -> nnx.State:
+def filled(state: nnx.State, arrays: Arrays, scales: Arrays = MappingProxyType({})) -> nnx.State:
     """A state of shapes with the arrays of these paths in their places."""
-    return nnx.map_state(lambda path, x: x.replace(arrays[".".join(path)]), state)
+
+    def one(path, variable):
+        name = ".".join(path)
+        if name not in scales:
+            return variable.replace(arrays[name])
+        (device,) = {device.platform for device in arrays[name].devices()}
+        codes = Scaled(arrays[name], scales[name])
+        return variable.replace(Fp8Weight(codes, platform=Platform(device)))
+
+    return nnx.map_state(one, state)
 
 
 class Source(Protocol):
@@ -148,6 +165,20 @@ class Official:
     def load(self, wanted: Wanted, first: int = 0, advance: Advance = lambda n: None) -> Arrays:
         check_wanted(wanted, self.config, self.directory)
         return load_arrays(self.folder, wanted, self.config, first, advance)
+
+    def scales(self, mesh: Mesh, layout: Layout) -> Arrays:
+        """Of the weights of products, all of them in FP8.
+
+        Raises:
+            ValueError: the folder holds one in another format.
+        """
+        state = nnx.state(abstract_model(self.config, Policy()), nnx.Param)
+        places = {
+            ".".join(path): placement(mesh, scale_spec(variable, layout))
+            for path, variable in nnx.to_flat_state(state)
+            if variable.fp8
+        }
+        return load_scales(self.folder, places, self.config)
 
     def n_bytes(self, wanted: Wanted, first: int = 0) -> int:
         check_wanted(wanted, self.config, self.directory)

@@ -1,0 +1,160 @@
+"""FP8 against bfloat16: what it does to the loss, and to layers with outliers.
+
+    python benchmarks/fp8.py train                three seeds, both formats: hours of 2 cores
+    python benchmarks/fp8.py train --plot-only    the table and picture of runs that are there
+    python benchmarks/fp8.py scaling              error of a product by how scales are shared
+
+`train` runs `train.py` on the instant corpus with the same text, order and seeds in both formats,
+and compares held-out losses, smoothed over steps. Runs lie in `--workdir`; the same command goes
+on where it was stopped. `scaling` multiplies activations of which a few channels are up to a
+million times as large as the others in FP8 with one scale a tensor, and with one a tile and block
+as here, and compares with the exact product.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.numerics.blockscale import BLOCK, TILE, dequantize, quantize
+from dsv3_jax.training.plots import smoothed
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (  # 10 million parameters
+    "model.width=256",
+    "model.n_layers=4",
+    "model.n_dense=1",
+    "model.dense_hidden=512",
+    "model.mtp_depth=0",
+    "model.vocab_size=2048",
+    "model.moe.n_experts=16",
+    "model.moe.hidden=224",
+    "model.moe.top_k=4",
+    "model.moe.n_groups=4",
+    "model.moe.n_groups_kept=2",
+    "model.attention.n_heads=4",
+    "model.attention.q_rank=96",
+    "model.attention.kv_rank=64",
+    "model.attention.nope_dim=32",
+    "model.attention.rope_dim=16",
+    "model.attention.value_dim=32",
+    "train.batch=4",
+    "train.seq_len=128",
+    "train.eval_every=50",
+    "train.eval_batches=16",
+    "optimizer.constant_tokens=0.35e6",
+    "optimizer.decay_tokens=0.4e6",
+    "optimizer.peak_lr=1.5e-3",
+    "optimizer.decayed_lr=1e-4",
+    "optimizer.tail_lr=1e-4",
+    "checkpoint.every=500",
+)
+SMOOTHED = 0.2  # share of the run that a smoothed loss is a mean over
+
+
+def run(workdir: Path, precision: str, seed: int, steps: int):
+    settings = (*SETTINGS, f"precision={precision}", f"train.seed={seed}")
+    command = [sys.executable, str(ROOT / "train.py"), "--config=tiny", "--mesh=dp1"]
+    command += [f"--workdir={workdir / f'{precision}_{seed}'}", f"--steps={steps}"]
+    for setting in settings:
+        command += ["--set", setting]
+    subprocess.run(command, check=True)
+
+
+def held_out(workdir: Path, precision: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and held-out loss."""
+    text = (workdir / f"{precision}_{seed}" / "metrics.jsonl").read_text()
+    rows = [row for row in map(json.loads, text.splitlines()) if "eval_loss" in row]
+    return np.array([row["step"] for row in rows]), np.array([row["eval_loss"] for row in rows])
+
+
+def compare(workdir: Path, seeds: range, picture: Path):
+    table = Table(title="held-out loss, smoothed, at the end")
+    for column in ("seed", "bfloat16", "FP8", "difference"):
+        table.add_column(column, justify="right")
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    differences = []
+    for seed in seeds:
+        (steps, wide), (_, narrow) = (
+            held_out(workdir, precision, seed) for precision in ("bfloat16", "fp8")
+        )
+        left.plot(steps, wide, color="#2563a8", alpha=0.8, label="bfloat16" if not seed else None)
+        left.plot(steps, narrow, "--", color="#d9822b", label=None if seed else "FP8")
+        smooth_wide, smooth_narrow = smoothed(wide, SMOOTHED), smoothed(narrow, SMOOTHED)
+        differences.append(smooth_narrow / smooth_wide - 1)
+        right.plot(steps, differences[-1], alpha=0.5, linewidth=1, label=f"seed {seed}")
+        ends = (smooth_wide[-1], smooth_narrow[-1])
+        table.add_row(str(seed), *(f"{x:.4f}" for x in ends), f"{differences[-1][-1]:+.2%}")
+    mean = np.mean(differences, axis=0)
+    right.plot(steps, mean, color="black", linewidth=2, label="mean")
+    for sign in (-1, 1):
+        right.axhline(sign * 0.0025, color="#666666", linestyle=":", linewidth=1)
+    left.set(title="Held-out loss", xlabel="step", ylabel="nats a token")
+    right.set(title="FP8 over bfloat16, smoothed; dotted: 0.25 %", xlabel="step")
+    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=150)
+    Console().print(table)
+    print(f"mean of {len(differences)} seeds: {mean[-1]:+.2%}; picture in {picture}")
+
+
+def scaling():
+    """Relative error of a product, by how large a few channels are and how scales are shared."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((512, 1024)), 0.02 * rng.standard_normal((1024, 512))
+    table = Table(title="error of a product in FP8, relative to its size")
+    for column in ("outliers", "a scale a tensor", "a scale a tile and block"):
+        table.add_column(column, justify="right")
+    for size in (1, 1000, 10_000, 100_000, 1_000_000):
+        rows = x.copy()
+        rows[:, ::341] *= size  # 4 channels, in 3 of 8 tiles
+        errors = []
+        for tile, block in (((512, 1024), (1024, 512)), (TILE, BLOCK)):
+            codes = quantize(jnp.asarray(rows), tile), quantize(jnp.asarray(w), block)
+            wide = (np.float64(dequantize(c, b)) for c, b in zip(codes, (tile, block), strict=True))
+            left, right = wide
+            # What outliers add to the sum is exact enough either way: the rest of it is looked at.
+            small = np.ones(1024, bool)
+            small[::341] = False
+            got, want = left[:, small] @ right[small], rows[:, small] @ w[small]
+            errors.append(np.linalg.norm(got - want) / np.linalg.norm(want))
+        table.add_row(f"{size:,} times", *(f"{error:.1%}" for error in errors))
+    Console().print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("train", "scaling"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/fp8"))
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "fp8.png")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--plot-only", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    if arguments.what == "scaling":
+        scaling()
+        return
+    seeds = range(arguments.seeds)
+    for seed in seeds if not arguments.plot_only else ():
+        for precision in ("bfloat16", "fp8"):
+            run(arguments.workdir, precision, seed, arguments.steps)
+    compare(arguments.workdir, seeds, arguments.picture)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()

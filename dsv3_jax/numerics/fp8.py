@@ -1,0 +1,205 @@
+"""Products in FP8 (report sec. 3.3.1 to 3.3.3): all three of a Linear, dense or of experts.
+
+    Fprop  y  = Q(x) Q(W)        x in tiles 1x128, W in blocks 128x128
+    Dgrad  dx = Q(dy) Q(W)^T     dy in tiles 1x128
+    Wgrad  dW = Q'(x)^T Q'(dy)   both in tiles 128x1; x comes from what the forward kept of it
+
+Products of codes are summed in float32, and scales applied, 128 of the inner dimension at a time.
+What the backward needs is kept in FP8, with two exceptions that the report makes: the input of the
+Linear behind attention has 6 bits of fraction, and of a gated layer the input of SwiGLU is kept, in
+FP8, and its output computed again.
+
+Here stands the reference, which runs wherever there is no kernel: codes times scales in float32,
+then a float32 product, which differs in rounding alone. On TPUs the kernels of
+`numerics/kernels/` run (checked in interpret mode; compiled for tpu7x, which multiplies FP8, and
+for v5p, which emulates it).
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.numerics.blockscale import (
+    AMAX_TINY,
+    BLOCK,
+    COLUMN,
+    E4M3,
+    TILE,
+    Scaled,
+    dequantize,
+    quantize,
+)
+from dsv3_jax.numerics.grouped_matmul import outer, product
+from dsv3_jax.numerics.kernels.fp8_outer_tpu import grouped_scaled_outer, scaled_outer
+from dsv3_jax.numerics.kernels.fp8_tpu import grouped_scaled_matmul, scaled_matmul
+from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_tiles
+from dsv3_jax.numerics.swiglu import swiglu
+from dsv3_jax.shapes import Array, Float, Float32, Int
+
+
+@jax.tree_util.register_static
+class Platform(str):
+    """Of the devices: part of a pytree's structure, not of its leaves."""
+
+
+class Slot(NamedTuple):
+    """Never read; their gradients are that of a weight, and how its products were rounded."""
+
+    weight: Array  # [... D F]
+    counts: Array | None = None  # [... 3 4] on request: `Counts` of activations, gradients, codes
+
+
+class Counts(NamedTuple):
+    """How numbers became codes."""
+
+    all: Array
+    underflow: Array  # not 0, but their code is
+    saturated: Array  # of code +-448: the largest of each tile, at least
+    not_finite: Array  # NaN or infinite, which makes a whole tile NaN
+
+
+class Fp8Weight(NamedTuple):
+    """A weight as products take it."""
+
+    codes: Scaled | None  # values [... D F], a scale a block of 128x128; None in gradients
+    slot: Slot | None = None
+    platform: Platform = Platform("cpu")
+
+    @property
+    def counted(self) -> bool:
+        return self.slot is not None and self.slot.counts is not None
+
+    def wide(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The weight itself."""
+        return dequantize(self.codes, BLOCK, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """How the input of a product is rounded, and what its backward finds of it."""
+
+    name: str | None = None  # for the remat policy
+    power_of_two: bool = False  # scales, if there is a backward: turned tiles round no number anew
+    e5m6: bool = False  # kept with 6 bits of fraction, for the Linear behind attention
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fp8_product(
+    keep: Keep, x: Float[Array, "r D"], w: Fp8Weight, sizes: Int[Array, " e"] | None = None
+) -> Float[Array, "r F"]:
+    """x W; with `sizes`, rows of group i times `W[i]`, unspecified beyond the last group."""
+    return _forward(keep, x, w, sizes)[0]
+
+
+def _forward(keep: Keep, x, w: Fp8Weight, sizes):
+    tiles = quantize(x, TILE, keep.power_of_two and w.slot is not None)
+    kept = lax.reduce_precision(x, 8, 6) if keep.e5m6 else _named(tiles, keep.name)
+    tiles = tiles if keep.e5m6 else kept
+    counts = _counts(x, tiles, sizes) if w.counted else None
+    return _times(tiles, w, sizes, x.dtype), (kept, w._replace(slot=None), sizes, counts)
+
+
+def _backward(keep: Keep, saved, grad):
+    x, w, sizes, counts = saved
+    x = x if keep.e5m6 else dequantize(x, TILE)
+    d_x, d_w = _gradients(x, grad, w, sizes, counts, keep.power_of_two)
+    return d_x, d_w, None
+
+
+fp8_product.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fp8_gated_product(
+    keep: Keep,
+    hidden: Float[Array, "r F2"],
+    gates: Float[Array, " r"] | None,
+    w: Fp8Weight,
+    sizes: Int[Array, " e"] | None = None,
+) -> Float[Array, "r D"]:
+    """(gates * SwiGLU(hidden)) W, otherwise as `fp8_product`; `hidden` is what is kept."""
+    return _gated_forward(keep, hidden, gates, w, sizes)[0]
+
+
+def _gated_forward(keep: Keep, hidden, gates, w: Fp8Weight, sizes):
+    kept = _named(quantize(hidden, TILE), keep.name)
+    on_tpu = w.platform == "tpu"
+    tiles = swiglu_tiles(hidden, gates, False) if on_tpu else quantize(swiglu(hidden, gates), TILE)
+    counts = _counts(swiglu(hidden, gates), tiles, sizes) if w.counted else None
+    saved = (kept, gates, w._replace(slot=None), sizes, counts)
+    return _times(tiles, w, sizes, hidden.dtype), saved
+
+
+def _gated_backward(keep: Keep, saved, grad):
+    hidden, gates, w, sizes, counts = saved
+    x, pull = jax.vjp(swiglu, dequantize(hidden, TILE, grad.dtype), gates)
+    d_x, d_w = _gradients(x, grad, w, sizes, counts)
+    return *pull(d_x), d_w, None
+
+
+fp8_gated_product.defvjp(_gated_forward, _gated_backward)
+
+
+def _named(tiles: Scaled, name: str | None) -> Scaled:
+    """Under a name by which a remat policy keeps them.
+
+    As bits: what it keeps of a float format JAX rounds as if that had infinities, and E4M3 has
+    numbers where those would be.
+    """
+    if name is None:
+        return tiles
+    bits = checkpoint_name(lax.bitcast_convert_type(tiles.values, jnp.uint8), name)
+    values = lax.bitcast_convert_type(bits, tiles.values.dtype)
+    return Scaled(values, checkpoint_name(tiles.scale, name))
+
+
+def _times(x: Scaled, w: Fp8Weight, sizes, dtype, transposed: bool = False):
+    if w.codes.values.dtype != E4M3:
+        raise TypeError(f"a weight in FP8 has {E4M3.name} codes, not {w.codes.values.dtype}")
+    if w.platform == "tpu" and sizes is None:
+        return scaled_matmul(x, w.codes, dtype, transposed)
+    if w.platform == "tpu":
+        return grouped_scaled_matmul(x, w.codes, sizes, dtype, transposed)
+    x, w, platform = dequantize(x, TILE), w.wide(jnp.float32), w.platform
+    if sizes is not None:
+        return product(x, w, sizes, platform, transposed).astype(dtype)
+    return jnp.einsum("rF,DF->rD" if transposed else "rD,DF->rF", x, w).astype(dtype)
+
+
+def _gradients(x, grad, w: Fp8Weight, sizes, counts, power_of_two: bool = False):
+    """Of the input (Dgrad), and of the weight (Wgrad), which comes out at its slot."""
+    tiles = quantize(grad, TILE, floor=AMAX_TINY)
+    d_w = _wgrad(x, grad, sizes, w.platform, power_of_two)
+    if counts is not None:
+        counts = jnp.stack([counts, _counts(grad, tiles, sizes), _counts(1, w.codes, None)])
+    d_x = _times(tiles, w, sizes, grad.dtype, transposed=True)
+    return d_x, w._replace(codes=None, slot=Slot(d_w, counts))
+
+
+def _counts(x, codes: Scaled, sizes) -> Float32[Array, " 4"]:
+    """`Counts` of numbers and their codes; in groups, of the rows that are there."""
+    values, rows = codes.values.astype(jnp.float32), codes.values.shape[-2]
+    there = jnp.arange(rows) < (rows if sizes is None else sizes.sum())
+    there = there.reshape(*[1] * (values.ndim - 2), -1, 1)
+    marks = Counts(True, (x != 0) & (values == 0), jnp.abs(values) == 448, ~jnp.isfinite(values))
+    marks = (jnp.broadcast_to(mark & there, values.shape) for mark in marks)
+    return jnp.stack([mark.sum(dtype=jnp.float32) for mark in marks])
+
+
+def _wgrad(x, grad, sizes, platform: str, power_of_two: bool = False):
+    """[D F] or [e D F] in float32."""
+    if sizes is not None:  # what lies beyond the groups must not reach the scales
+        there = (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
+        x, grad = (jnp.where(there, part, 0) for part in (x, grad))
+    x, grad = quantize(x, COLUMN, power_of_two), quantize(grad, COLUMN, floor=AMAX_TINY)
+    if platform == "tpu":
+        return scaled_outer(x, grad) if sizes is None else grouped_scaled_outer(x, grad, sizes)
+    x, grad = dequantize(x, COLUMN), dequantize(grad, COLUMN)
+    if sizes is not None:
+        return outer(x, grad, sizes, platform, jnp.float32)
+    return jnp.einsum("rD,rF->DF", x, grad)

@@ -1,0 +1,51 @@
+"""How numbers become FP8 codes while a run trains: counted on request (`--set fp8_stats=True`)."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.hf_weights import flatten
+from dsv3_jax.layers.linear import no_counts
+from dsv3_jax.losses import Batch, training_loss
+from dsv3_jax.numerics.fp8 import Counts
+from dsv3_jax.training.evaluate import model_in_region
+from sharding.mesh import BATCH, REPLICATED, data_sum, region
+from sharding.rules import Layout
+
+CLASSES = ("activations", "gradients", "weights")  # what meets in the three products
+
+
+def make_fp8_stats(config: Config, mesh: Mesh, layout: Layout) -> Callable:
+    """(params, bias, batch) -> counts [L 3 4] of every weight in FP8: `CLASSES` by `Counts`.
+
+    A forward and a backward of their own, in which all that is wanted are the counts.
+    """
+    model_of, stored = model_in_region(config, layout)
+
+    def shard(params, bias, batch: Batch) -> nnx.State:
+        def loss(counts):
+            model = model_of(params, bias, counts)
+            how = (config.losses, config.losses.mtp_weight, layout, config.parallel.remat)
+            return training_loss(model, batch, *how)[0].total
+
+        return data_sum(jax.grad(loss)(no_counts(params)))
+
+    return jax.jit(region(shard, mesh, (stored, REPLICATED, BATCH), REPLICATED))
+
+
+def shares(counts: nnx.State) -> dict[str, float]:
+    """Of each class the shares that underflow, are saturated and are not finite, over all weights.
+
+    The keys are those of `metrics.jsonl`, such as "fp8_gradients_underflow".
+    """
+    total = sum(np.asarray(x).reshape(-1, 3, 4).sum(0) for x in flatten(counts).values())
+    row = {}
+    for name, numbers in zip(CLASSES, total, strict=True):
+        counted = Counts(*numbers)
+        for kind in Counts._fields[1:]:
+            row[f"fp8_{name}_{kind}"] = float(getattr(counted, kind) / counted.all)
+    return row
