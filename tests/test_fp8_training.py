@@ -30,6 +30,7 @@ from dsv3_jax.numerics.blockscale import BLOCK, quantize
 from dsv3_jax.numerics.fp8 import Counts, Fp8Weight
 from dsv3_jax.overrides import override
 from dsv3_jax.training.fp8_stats import CLASSES, make_fp8_stats, shares
+from dsv3_jax.training.plots import plot_fp8
 from dsv3_jax.training.step import loss_and_gradients
 from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
 from sharding.rules import Layout
@@ -286,3 +287,10 @@ def test_no_counts_has_a_place_for_every_weight():
     _, state = nnx.split(layer())
     zeros = flatten(no_counts(state))
     assert {x.shape for x in zeros.values()} == {(3, 4)}
+
+
+def test_plot_of_the_counts(tmp_path):
+    counts = {f"fp8_{c}_{k}": 0.01 for c in CLASSES for k in Counts._fields[1:]}
+    rows = [{"step": 1, "loss": 5.0}, {"step": 2, "eval_loss": 5.0} | counts]
+    plot_fp8(rows, tmp_path / "plots" / "fp8.png")
+    assert (tmp_path / "plots" / "fp8.png").stat().st_size > 10_000
