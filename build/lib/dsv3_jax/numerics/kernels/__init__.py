@@ -1,1 +1,0 @@
-"""Kernels: one hardware, one operation a file."""
