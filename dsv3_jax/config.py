@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from sharding.mesh import MeshSpec
+from sharding.schedule import NAMES, nearest_micro
 
 
 def _check_positive(config, section: str, *names: str):
@@ -248,6 +249,23 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How micro-batches pass through pipeline stages, on meshes with `pp` (report sec. 3.2.1).
+
+    `schedule` is one of those in sharding/schedule.py, or "auto": of dualpipe and dualpipev the one
+    that is faster on paper, zb1p where there are too few micro-batches or layers for them. A
+    micro-batch has `micro_batch` sequences of each device.
+    """
+
+    schedule: str = "auto"
+    micro_batch: int = 1
+
+    def __post_init__(self):
+        _check_choice("pipeline.schedule", self.schedule, ("auto", *NAMES))
+        _check_positive(self, "pipeline", "micro_batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length of a run. `batch` counts sequences of `seq_len` tokens over the whole mesh."""
 
@@ -288,6 +306,7 @@ class Config:
     losses: LossConfig = LossConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self):
@@ -301,18 +320,64 @@ class Config:
 
 
 def check_mesh(config: Config, mesh: MeshSpec):
-    """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`.
-
-    Pipeline stages are a NotImplementedError.
-    """
-    if mesh.pp > 1:
-        raise NotImplementedError(
-            f"mesh {mesh}: pp={mesh.pp} comes with the pipeline, which is not built yet; use "
-            f"--mesh={dataclasses.replace(mesh, pp=1, dp=mesh.dp * mesh.pp)} on as many devices"
-        )
+    """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
     batch = config.train.batch
     _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
     check_model_mesh(config.model, mesh)
+    if mesh.pp > 1:
+        _check_pipeline(config, mesh)
+
+
+def n_micro_batches(config: Config, mesh: MeshSpec) -> int:
+    """Micro-batches of a step that pass through the pipeline."""
+    return config.train.batch // (mesh.data * config.pipeline.micro_batch)
+
+
+def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
+    """Why a schedule cannot run that config on that mesh, with what would work; None if it can."""
+    model, n_micro = config.model, n_micro_batches(config, mesh)
+    n_stages = mesh.pp * (2 if schedule == "dualpipev" else 1)
+    # The embedding with the dense layers, and the output head with MTP, are as good as layers.
+    n_parts = model.n_layers - model.n_dense + 2
+    fits = nearest_micro(schedule, mesh.pp, n_micro)
+    if fits is None:
+        return f"dualpipe needs an even number of stages, not pp={mesh.pp}"
+    if n_parts < n_stages:
+        most = n_parts // (2 if schedule == "dualpipev" else 1)
+        return (
+            f"{schedule} on pp={mesh.pp} makes {n_stages} stages of {n_parts - 2} layers with "
+            f"experts and both ends of the model; at most pp={most} works"
+        )
+    if fits != n_micro:
+        return (
+            f"{schedule} on pp={mesh.pp} needs {fits} micro-batches, and train.batch="
+            f"{config.train.batch} makes {n_micro} of pipeline.micro_batch="
+            f"{config.pipeline.micro_batch} on {mesh.data} devices a stage; train.batch="
+            f"{fits * mesh.data * config.pipeline.micro_batch} works"
+        )
+    return None
+
+
+def _check_pipeline(config: Config, mesh: MeshSpec):
+    rows, micro = config.train.batch // mesh.data, config.pipeline.micro_batch
+    if rows % micro:
+        raise ValueError(
+            f"mesh {mesh}: the {rows} sequences that a device has of train.batch="
+            f"{config.train.batch} are no multiple of pipeline.micro_batch={micro}"
+        )
+    if config.model.n_dense == config.model.n_layers:
+        raise ValueError(
+            f"mesh {mesh}: stages are made of layers with experts, and model.n_dense="
+            f"{config.model.n_dense} leaves none; use dp in place of pp"
+        )
+    if config.model.moe and config.model.moe.n_redundant:
+        raise NotImplementedError(
+            f"mesh {mesh}: model.moe.n_redundant={config.model.moe.n_redundant} with pipeline "
+            f"stages; set it to 0, or use dp in place of pp"
+        )
+    schedule = config.pipeline.schedule
+    if reason := why_not("zb1p" if schedule == "auto" else schedule, config, mesh):
+        raise ValueError(f"mesh {mesh}: {reason}")
 
 
 def check_model_mesh(model: ModelConfig, mesh: MeshSpec):

@@ -24,3 +24,23 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     multiplied = activated_parameters(config) - config.vocab_size * config.width
     scores = seq_len * a.n_heads * (a.nope_dim + a.rope_dim + a.value_dim)  # 2 * T/2 each
     return 6.0 * multiplied + 3.0 * config.n_layers * scores
+
+
+def forward_flops(config: ModelConfig, seq_len: int) -> dict[str, float]:
+    """FLOPs a token of one dense layer, one MoE layer, and all that follows the last layer.
+
+    That is the output head, the MTP modules and their walks along it.
+    """
+    a, m, width = config.attention, config.moe, config.width
+    key_dim, kv_dim = a.nope_dim + a.rope_dim, a.nope_dim + a.value_dim
+    queries = a.n_heads * key_dim * (a.q_rank or width) + width * (a.q_rank or 0)
+    latents = width * (a.kv_rank + a.rope_dim) + a.kv_rank * a.n_heads * kv_dim
+    scores = seq_len * a.n_heads * (key_dim + a.value_dim)
+    attention = 2 * (queries + latents + a.n_heads * a.value_dim * width) + scores
+    dense = attention + 6 * width * config.dense_hidden
+    moe = 0.0
+    if m is not None:
+        experts = 6 * width * m.hidden * (m.top_k + m.n_shared)
+        moe = attention + 2 * width * m.n_experts + experts
+    depth, head = config.mtp_depth, 2 * width * config.vocab_size
+    return {"dense": dense, "moe": moe, "end": (1 + depth) * head + depth * (moe + 4 * width**2)}

@@ -47,34 +47,71 @@ def training_loss(
     Returns:
         The losses, and the statistics of all MoE layers, those of MTP last.
     """
-    depth = model.config.mtp_depth
+    hidden, stats = model.trunk(inputs_of(batch, model.config.mtp_depth), layout, remat)
+    counts = target_counts(batch, model.config.mtp_depth, layout)
+    main, mtp, mtp_stats = output_losses(model, hidden, batch, counts, layout, remat)
+    both = [part for part in (stats, mtp_stats) if part is not None]
+    stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both) if both else None
+    balance = jnp.zeros((), jnp.float32) if stats is None else stats.balance.sum()
+    n_rows = batch.tokens.shape[0] * layout.mesh.data
+    return losses_of(main, mtp, balance, n_rows, config, mtp_weight), stats
+
+
+def inputs_of(batch: Batch, depth: int) -> Int[Array, "B T"]:
+    """The tokens that the main model reads."""
+    return batch.tokens[:, : batch.tokens.shape[1] - 1 - depth]
+
+
+def target_counts(batch: Batch, depth: int, layout: Layout) -> Float32[Array, " A"]:
+    """How many targets the losses of the token 1, 2, ... places on have in the global batch."""
     length = batch.tokens.shape[1] - 1 - depth
-    hidden, stats = model.trunk(batch.tokens[:, :length], layout, remat)
-    main = _mean_loss(model, hidden, batch, 1, layout)
-    mtp = jnp.zeros((), jnp.float32)
-    if depth:
-        following = [batch.tokens[:, k : k + length] for k in range(1, depth + 1)]
-        ahead, mtp_stats = model.mtp_trunk(hidden, jnp.stack(following), layout, remat)
-        terms = [_mean_loss(model, ahead[k], batch, k + 2, layout) for k in range(depth)]
-        mtp = sum(terms) / depth
-        both = [mtp_stats] if stats is None else [stats, mtp_stats]
-        stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both)
-    balance = jnp.zeros((), jnp.float32)
-    if stats is not None:
-        balance = stats.balance.sum() / (batch.tokens.shape[0] * layout.mesh.data)
+    targets = (batch.mask[:, ahead : ahead + length] for ahead in range(1, depth + 2))
+    counts = jnp.stack([mask.sum().astype(jnp.float32) for mask in targets])
+    return data_sum(counts) if layout.mesh.data > 1 else counts
+
+
+def output_losses(
+    model: DeepSeekV3,
+    hidden: Float[Array, "B T D"],
+    batch: Batch,
+    counts: Float32[Array, " A"],
+    layout: Layout,
+    remat: str,
+) -> tuple[Float32[Array, ""], Float32[Array, ""], RouterStats | None]:
+    """Main loss, mean MTP loss and the statistics of MTP from the trunk's hidden states.
+
+    Args:
+        batch: what `hidden` comes from, all rows of this shard or some.
+        counts: of the whole batch, from `target_counts`.
+    """
+    depth, length = model.config.mtp_depth, hidden.shape[1]
+    main = _mean_loss(model, hidden, batch, 1, counts[0], layout)
+    if not depth:
+        return main, jnp.zeros((), jnp.float32), None
+    following = [batch.tokens[:, k : k + length] for k in range(1, depth + 1)]
+    ahead, stats = model.mtp_trunk(hidden, jnp.stack(following), layout, remat)
+    terms = [_mean_loss(model, ahead[k], batch, k + 2, counts[k + 1], layout) for k in range(depth)]
+    return main, sum(terms) / depth, stats
+
+
+def losses_of(main, mtp, balance, n_rows: int, config: LossConfig, mtp_weight) -> Losses:
+    """The losses and their weighted sum.
+
+    Args:
+        balance: the balance loss summed over MoE layers and sequences.
+        n_rows: sequences of the global batch.
+    """
+    balance = balance / n_rows
     total = main + mtp_weight * mtp + config.balance_weight * balance
-    return Losses(total, main, mtp, balance), stats
+    return Losses(total, main, mtp, balance)
 
 
-def _mean_loss(model: DeepSeekV3, hidden, batch: Batch, ahead: int, layout: Layout):
+def _mean_loss(model: DeepSeekV3, hidden, batch: Batch, ahead: int, count, layout: Layout):
     """Cross-entropy of the token `ahead` places on: this shard's part of the global mean."""
     length = hidden.shape[1]
     labels = batch.tokens[:, ahead : ahead + length].reshape(-1)
     mask = batch.mask[:, ahead : ahead + length].reshape(-1)
     rows = rearrange(hidden, "b t d -> (b t) d")
-    count = mask.sum().astype(jnp.float32)
-    if layout.mesh.data > 1:
-        count = data_sum(count)
     head = model.head[...].astype(rows.dtype)
     share = mask.astype(jnp.float32) / jnp.maximum(count, 1.0)
     return cross_entropy(rows, head, labels, share, layout.mesh)

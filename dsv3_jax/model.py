@@ -79,16 +79,31 @@ class DeepSeekV3(nnx.Module):
         start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Hidden states after the final norm, and the MoE layers' statistics, stacked."""
-        x, positions, stats = self.embed(tokens, layout), positions_of(tokens), None
+        x = self.prefix(tokens, layout, remat, start)
+        x, stats = self._layers(self.moe, x, positions_of(tokens), layout, remat, start)
+        return self.norm(x), stats
+
+    def prefix(
+        self,
+        tokens: Int[Array, "B T"],
+        layout: Layout,
+        remat: str,
+        start: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The input of the first MoE layer: embeddings through the dense layers."""
+        x = self.embed(tokens, layout)
+        return self._layers(self.dense, x, positions_of(tokens), layout, remat, start)[0]
+
+    def _layers(self, blocks: nnx.Module | None, x, positions, layout: Layout, remat: str, start):
+        """x after stacked blocks, and their statistics; without blocks x and None."""
+        if blocks is None:
+            return x, None
 
         def step(block, x, between=None):
             return block(x, positions, layout, start, between)
 
         run = scan_ahead if layout.zero == 3 else functools.partial(scan, xs=None)
-        for blocks in (self.dense, self.moe):
-            if blocks is not None:
-                x, stats = run(step, blocks, x, **self._how(layout, remat))
-        return self.norm(x), stats
+        return run(step, blocks, x, **self._how(layout, remat))
 
     def mtp_trunk(
         self,

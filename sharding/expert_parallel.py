@@ -91,7 +91,13 @@ def route_of(
 
 
 def exchange(
-    fn: Callable, params, rows: jax.Array, weights: jax.Array, ids: jax.Array, route: Route
+    fn: Callable,
+    params,
+    rows: jax.Array,
+    weights: jax.Array,
+    ids: jax.Array,
+    route: Route,
+    later=None,
 ) -> tuple[jax.Array, Traffic]:
     """Sum over each row's experts of weight * expert(row), exact for every routing.
 
@@ -102,13 +108,15 @@ def exchange(
         rows: [t D].
         weights: [t K].
         ids: [t K] global expert ids, distinct within a row; one of n_experts or more is none.
+        later: the same params for all rounds but the first, where their gradients are to come out
+            apart; None if not.
 
     Returns:
         [t D], and what the exchange did.
     """
-    if route.mesh.nodes == 1:
-        return _over_ranks(fn, params, rows, weights, ids, route)
-    return _over_nodes(fn, params, rows, weights, ids, route)
+    both = (params, params if later is None else later)
+    over = _over_ranks if route.mesh.nodes == 1 else _over_nodes
+    return over(fn, both, rows, weights, ids, route)
 
 
 def _over_ranks(fn, params, rows, weights, ids, route: Route):
@@ -120,7 +128,7 @@ def _over_ranks(fn, params, rows, weights, ids, route: Route):
         received = dispatch(rows, at, hop)
         plain = hop._replace(wire=PLAIN)
         gates = dispatch(weights.reshape(-1, 1), of_copies(at), plain)
-        out = fn(params, received, gates[:, 0], at.sizes)
+        out = fn(params[0], received, gates[:, 0], at.sizes)
         return combine(out, at, hop), Traffic(jnp.int32(1), at.sizes.sum())
 
     plan = plan_rounds(ids, hop)
@@ -158,12 +166,17 @@ def _in_rounds(one_round: Callable, params, rows, weights, plan, n_rounds, more:
     """Sum of `one_round(i, params, rows, weights, plan)` over all rounds.
 
     Args:
+        params: those of the first round, and of all others.
         more: whether any routing needs more than one.
     """
     y, traffic = one_round(0, params, rows, weights, plan)
     if not more:
         return y, traffic
-    rest = _further_rounds(one_round, params, rows, weights, (plan, n_rounds))
+
+    def further(index, later, *inputs):
+        return one_round(index, (later, later), *inputs)
+
+    rest = _further_rounds(further, params[1], rows, weights, (plan, n_rounds))
     return jax.tree.map(jnp.add, (y, traffic), rest)
 
 

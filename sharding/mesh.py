@@ -204,3 +204,13 @@ def data_sum(x):
 def data_max(x):
     """Largest over all shares of the batch."""
     return jax.lax.pmax(x, DATA_AXES)
+
+
+def whole_sum(x):
+    """Sum over all devices."""
+    return jax.lax.psum(x, AXES)
+
+
+def whole_max(x):
+    """Largest over all devices."""
+    return jax.lax.pmax(x, AXES)

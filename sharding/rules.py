@@ -6,6 +6,10 @@ other splits are ZeRO's: master weights, gradients and Adam moments of every mat
 over all data axes, and the weight is gathered for use. ZeRO-1 gathers once a step, ZeRO-3 once a
 layer; the gradient comes back by reduce-scatter in both. Without ZeRO (level 0, for inference)
 everything that is not kept split is stored whole.
+
+Where there are pipeline stages, their axis is one more data axis to ZeRO: what is stored on
+pp4,dp2,ep4 lies as on dp8,ep4. So stages, however uneven and in whatever order, concern neither
+checkpoints nor optimizers: for use, the layers of a stack go to the ranks of their stages.
 """
 
 import dataclasses
@@ -17,7 +21,8 @@ from jax.sharding import PartitionSpec
 
 from sharding.dispatch import PLAIN, Wire
 from sharding.hops import gather, scatter_sum
-from sharding.mesh import DATA_AXES, EXPERT_AXES, MeshSpec
+from sharding.mesh import AXES, EXPERT_AXES, MeshSpec
+from sharding.stages import Layers, from_ranks, to_ranks
 
 KEPT = ("expert", "vocab_shard", "embed_shard")
 
@@ -85,6 +90,27 @@ class Layout:
         moves = self._moves(like.ndim, like.shape, names, sizes)
         return _scattered(grad.astype(like.dtype), moves, self.mesh)
 
+    def to_stages(
+        self, x: jax.Array, names: tuple, sizes: tuple, dtype: jnp.dtype, layers: Layers
+    ) -> jax.Array:
+        """A stored shard of a stack [L ...] -> whole arrays [S ...] of this rank's own layers."""
+        x, staged = x.astype(dtype), None
+        for dim, axes in self._moves(x.ndim, x.shape, names, sizes):
+            if axes[0] == "pp":
+                staged, axes = dim, axes[1:]
+            x = gather(x, axes, dim, self.mesh)
+        return to_ranks(x, staged, layers)
+
+    def from_stages(
+        self, grad: jax.Array, like: jax.Array, names: tuple, sizes: tuple, layers: Layers
+    ) -> jax.Array:
+        """The gradient of what `to_stages` gives -> that of the shard `like`, summed in float32."""
+        moves = self._moves(like.ndim, like.shape, names, sizes)
+        staged = next((dim for dim, axes in moves if axes[0] == "pp"), None)
+        grad = from_ranks(grad.astype(jnp.float32), staged, layers, like.shape[0])
+        moves = tuple((dim, axes[axes[0] == "pp" :]) for dim, axes in moves)
+        return _scattered(grad, moves, self.mesh).astype(like.dtype)
+
     def start(self, x: jax.Array, names: tuple, sizes: tuple) -> tuple:
         """Where a stored shard begins in each dim of its parameter."""
         split, shape = _split(self.mesh, self.zero, names, sizes), x.shape[x.ndim - len(names) :]
@@ -111,7 +137,7 @@ class Layout:
     def missing(self, names: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[str, ...]:
         """Mesh axes over which the parameter is stored whole."""
         taken = {axis for axes in _split(self.mesh, self.zero, names, sizes) for axis in axes or ()}
-        return tuple(axis for axis in DATA_AXES if axis not in taken and self.mesh.size(axis) > 1)
+        return tuple(axis for axis in AXES if axis not in taken and self.mesh.size(axis) > 1)
 
 
 @functools.cache
@@ -122,7 +148,8 @@ def _split(
     split: list = [EXPERT_AXES if name in KEPT else None for name in names]
     if zero == 0 or len(sizes) == 1:  # vectors are too small to be worth a gather
         return tuple(split)
-    groups = [("dp",)] if any(split) else [DATA_AXES, ("dp",), EXPERT_AXES]
+    copies = ("pp", "dp") if mesh.pp > 1 else ("dp",)
+    groups = [copies] if any(split) else [copies + EXPERT_AXES, copies, EXPERT_AXES]
     for group in groups:
         taken = {axis for axes in split for axis in axes or ()}
         for dim, size in enumerate(sizes):

@@ -12,6 +12,7 @@ from dsv3_jax.numerics.products import AS_IT_IS, Weight, product
 from dsv3_jax.shapes import Array, Float
 from sharding.mesh import REPLICATED
 from sharding.rules import Layout
+from sharding.stages import Layers, to_ranks
 
 
 def weight(
@@ -84,6 +85,24 @@ def assemble(state: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
     return of_parameters(one, state)
 
 
+def to_stages(state: nnx.State, layout: Layout, compute: jnp.dtype, layers: Layers) -> nnx.State:
+    """Stored shards of a stack of layers -> the weights of this rank's own layers, as `assemble`.
+
+    Those in FP8 come without a slot.
+    """
+
+    def one(x: Weight, variable: nnx.Param):
+        about = (variable.names, variable.sizes)
+        if not isinstance(x, Fp8Weight):
+            dtype = x.dtype if variable.wide else compute
+            return layout.to_stages(x, *about, dtype, layers)
+        values, scale = x.codes
+        values = layout.to_stages(values, *about, values.dtype, layers)
+        return x._replace(codes=Scaled(values, to_ranks(scale, None, layers)), slot=None)
+
+    return of_parameters(one, state)
+
+
 def landings(state: nnx.State) -> nnx.State:
     """The arrays whose gradients are those of the weights: the slots of weights in FP8."""
 
@@ -91,6 +110,15 @@ def landings(state: nnx.State) -> nnx.State:
         return x.slot if isinstance(x, Fp8Weight) else x
 
     return of_parameters(one, state)
+
+
+def with_landings(state: nnx.State, slots: nnx.State) -> nnx.State:
+    """The weights with these arrays where `landings` finds them."""
+
+    def one(x: Weight, _, slot: Array | Slot) -> Weight:
+        return x._replace(slot=slot) if isinstance(x, Fp8Weight) else slot
+
+    return of_parameters(one, state, slots)
 
 
 def landed(state: nnx.State, grads: nnx.State) -> nnx.State:

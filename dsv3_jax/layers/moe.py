@@ -18,7 +18,7 @@ from dsv3_jax.layers.ffn import SwiGLU
 from dsv3_jax.layers.linear import weight
 from dsv3_jax.layers.router import choose_experts, expert_counts, sequence_balance
 from dsv3_jax.numerics.fp8 import Keep
-from dsv3_jax.numerics.products import Groups, Weight, gated_product, product
+from dsv3_jax.numerics.products import Groups, Weight, at_once, gated_product, product
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.expert_parallel import Route, exchange, route_of
 from sharding.replicas import slots_of, with_replicas
@@ -97,7 +97,8 @@ class MoE(nnx.Module):
             experts = with_replicas(experts, self.redundant[...], layout.mesh)
             slots = slots_of(ids, self.redundant[...], m.n_experts, layout.mesh)
         run = functools.partial(apply_experts, layout.mesh.platform)
-        routed, traffic = exchange(run, experts, tokens, gates, slots, route)
+        further = tuple(map(at_once, experts))  # rounds, which are rare and summed where they run
+        routed, traffic = exchange(run, experts, tokens, gates, slots, route, further)
         y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
         if m.n_shared:
             y = y + self.shared(h)

@@ -52,7 +52,7 @@ def scan(fn: Callable, layers: nnx.Module, carry, xs, *, layout: Layout, compute
         layer = nnx.merge(graphdef, assemble(params, layout, compute))
         return fn(layer, carry, x)
 
-    return lax.scan(_kept(body, remat), carry, (state, xs), unroll=layout.unroll)
+    return lax.scan(kept_by(body, remat), carry, (state, xs), unroll=layout.unroll)
 
 
 def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compute, remat: str):
@@ -97,8 +97,8 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
             coming, slot = gathered(stored(state, index + 1)), landings(stored(state, index))
             d_after, slot = jax.tree.map(jnp.zeros_like, (landings(weights), slot))
             inputs = (weights, (coming, d_after), slot)
-            (carry, out), pull = jax.vjp(_kept(layer, remat), *inputs, carry)
-            return (carry, coming), (out, _without(pull, inputs))
+            (carry, out), pull = jax.vjp(kept_by(layer, remat), *inputs, carry)
+            return (carry, coming), (out, without(pull, inputs))
 
         start, layers = (carry, gathered(stored(state, 0))), jnp.arange(n_layers)
         (carry, _), (outs, pulls) = lax.scan(body, start, layers, unroll=layout.unroll)
@@ -117,7 +117,7 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
             (d_carry, weights, d_after, total), (index, pull) = parts, item
             coming, slot = gathered(stored(state, index - 1)), landings(stored(state, index))
             d_out = jax.tree.map(functools.partial(_entry, index), d_outs)
-            pull = _with(pull, (weights, (coming, d_after), slot))
+            pull = with_inputs(pull, (weights, (coming, d_after), slot))
             d_weights, _, d_shards, d_carry = pull((d_carry, d_out))
             total = put(total, index + 1, d_shards)
             return (d_carry, coming, landings(d_weights), total), None
@@ -161,7 +161,7 @@ def _between_backward(scattered, saved, grad):
 _between.defvjp(_between_forward, _between_backward)
 
 
-def _kept(fn: Callable, remat: str) -> Callable:
+def kept_by(fn: Callable, remat: str) -> Callable:
     """`fn`, whose backward finds in memory what the policy says."""
     if remat == "none":
         return fn
@@ -184,14 +184,14 @@ class _Input:
     number: int
 
 
-def _without(pull, inputs):
+def without(pull, inputs):
     """A backward function without these inputs among what it has saved."""
     numbers = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(inputs))}
     return jax.tree.map(lambda x: _Input(numbers[id(x)]) if id(x) in numbers else x, pull)
 
 
-def _with(pull, inputs):
-    """The inverse of `_without`; the inputs may be other ones."""
+def with_inputs(pull, inputs):
+    """The inverse of `without`; the inputs may be other ones."""
     leaves = jax.tree.leaves(inputs)
     return jax.tree.map(
         lambda x: leaves[x.number] if isinstance(x, _Input) else x,

@@ -88,16 +88,29 @@ class Keep:
     e5m6: bool = False  # kept with 6 bits of fraction, for the Linear behind attention
 
 
+class Factors(NamedTuple):
+    """The two of which a weight's gradient is the product: x^T grad, of each group."""
+
+    x: Array | Scaled  # [r D]
+    grad: Array | Scaled  # [r F]
+    sizes: Float32[Array, " e"] | None = None  # rows of each group; a float may be a gradient
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fp8_product(
     keep: Keep, x: Float[Array, "r D"], w: Fp8Weight, sizes: Int[Array, " e"] | None = None
 ) -> Float[Array, "r F"]:
     """x W; with `sizes`, rows of group i times `W[i]`, unspecified beyond the last group."""
-    return _forward(keep, x, w, sizes)[0]
+    return forward(keep, x, w, sizes, w.slot is not None)[0]
 
 
 def _forward(keep: Keep, x, w: Fp8Weight, sizes):
-    tiles = quantize(x, TILE, keep.power_of_two and w.slot is not None)
+    return forward(keep, x, w, sizes, w.slot is not None)
+
+
+def forward(keep: Keep, x, w: Fp8Weight, sizes, training: bool):
+    """x W, and what its backward needs."""
+    tiles = quantize(x, TILE, keep.power_of_two and training)
     kept = lax.reduce_precision(x, 8, 6) if keep.e5m6 else _named(tiles, keep.name)
     tiles = tiles if keep.e5m6 else kept
     counts = _counts(x, tiles, sizes) if w.counted else None
@@ -105,10 +118,16 @@ def _forward(keep: Keep, x, w: Fp8Weight, sizes):
 
 
 def _backward(keep: Keep, saved, grad):
-    x, w, sizes, counts = saved
+    w, sizes, counts = saved[1:]
+    d_x, factors, tiles = backward(keep, saved, grad)
+    return d_x, _at_slot(w, factors, counts, grad, tiles, sizes), None
+
+
+def backward(keep: Keep, saved, grad):
+    """Dgrad, the factors of Wgrad, and the tiles that the gradient became."""
+    x, w, sizes, _ = saved
     x = x if keep.e5m6 else dequantize(x, TILE)
-    d_x, d_w = _gradients(x, grad, w, sizes, counts, keep.power_of_two)
-    return d_x, d_w, None
+    return _gradients(x, grad, w, sizes, keep.power_of_two)
 
 
 fp8_product.defvjp(_forward, _backward)
@@ -123,10 +142,10 @@ def fp8_gated_product(
     sizes: Int[Array, " e"] | None = None,
 ) -> Float[Array, "r D"]:
     """(gates * SwiGLU(hidden)) W, otherwise as `fp8_product`; `hidden` is what is kept."""
-    return _gated_forward(keep, hidden, gates, w, sizes)[0]
+    return gated_forward(keep, hidden, gates, w, sizes)[0]
 
 
-def _gated_forward(keep: Keep, hidden, gates, w: Fp8Weight, sizes):
+def gated_forward(keep: Keep, hidden, gates, w: Fp8Weight, sizes):
     kept = _named(quantize(hidden, TILE), keep.name)
     on_tpu = w.platform == "tpu"
     tiles = swiglu_tiles(hidden, gates, False) if on_tpu else quantize(swiglu(hidden, gates), TILE)
@@ -136,13 +155,20 @@ def _gated_forward(keep: Keep, hidden, gates, w: Fp8Weight, sizes):
 
 
 def _gated_backward(keep: Keep, saved, grad):
-    hidden, gates, w, sizes, counts = saved
+    w, sizes, counts = saved[2:]
+    d_inputs, factors, tiles = gated_backward(saved, grad)
+    return *d_inputs, _at_slot(w, factors, counts, grad, tiles, sizes), None
+
+
+def gated_backward(saved, grad):
+    """The gradients of `hidden` and `gates`, and what `backward` gives besides."""
+    hidden, gates, w, sizes, _ = saved
     x, pull = jax.vjp(swiglu, dequantize(hidden, TILE, grad.dtype), gates)
-    d_x, d_w = _gradients(x, grad, w, sizes, counts)
-    return *pull(d_x), d_w, None
+    d_x, factors, tiles = _gradients(x, grad, w, sizes)
+    return pull(d_x), factors, tiles
 
 
-fp8_gated_product.defvjp(_gated_forward, _gated_backward)
+fp8_gated_product.defvjp(gated_forward, _gated_backward)
 
 
 def _named(tiles: Scaled, name: str | None) -> Scaled:
@@ -171,14 +197,18 @@ def _times(x: Scaled, w: Fp8Weight, sizes, dtype, transposed: bool = False):
     return jnp.einsum("rF,DF->rD" if transposed else "rD,DF->rF", x, w).astype(dtype)
 
 
-def _gradients(x, grad, w: Fp8Weight, sizes, counts, power_of_two: bool = False):
-    """Of the input (Dgrad), and of the weight (Wgrad), which comes out at its slot."""
+def _gradients(x, grad, w: Fp8Weight, sizes, power_of_two: bool = False):
+    """Of the input (Dgrad), the factors of Wgrad, and the gradient in tiles."""
     tiles = quantize(grad, TILE, floor=AMAX_TINY)
-    d_w = _wgrad(x, grad, sizes, w.platform, power_of_two)
+    d_x = _times(tiles, w, sizes, grad.dtype, transposed=True)
+    return d_x, _factors(x, grad, sizes, power_of_two), tiles
+
+
+def _at_slot(w: Fp8Weight, factors: Factors, counts, grad, tiles, sizes) -> Fp8Weight:
+    """The gradient of a weight, and where that is counted how numbers became codes."""
     if counts is not None:
         counts = jnp.stack([counts, _counts(grad, tiles, sizes), _counts(1, w.codes, None)])
-    d_x = _times(tiles, w, sizes, grad.dtype, transposed=True)
-    return d_x, w._replace(codes=None, slot=Slot(d_w, counts))
+    return w._replace(codes=None, slot=Slot(weight_gradient(factors, w.platform), counts))
 
 
 def _counts(x, codes: Scaled, sizes) -> Float32[Array, " 4"]:
@@ -191,12 +221,20 @@ def _counts(x, codes: Scaled, sizes) -> Float32[Array, " 4"]:
     return jnp.stack([mark.sum(dtype=jnp.float32) for mark in marks])
 
 
-def _wgrad(x, grad, sizes, platform: str, power_of_two: bool = False):
-    """[D F] or [e D F] in float32."""
+def _factors(x, grad, sizes, power_of_two: bool) -> Factors:
+    """Both in tiles of 128x1."""
     if sizes is not None:  # what lies beyond the groups must not reach the scales
         there = (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
         x, grad = (jnp.where(there, part, 0) for part in (x, grad))
-    x, grad = quantize(x, COLUMN, power_of_two), quantize(grad, COLUMN, floor=AMAX_TINY)
+        sizes = sizes.astype(jnp.float32)
+    codes = quantize(x, COLUMN, power_of_two), quantize(grad, COLUMN, floor=AMAX_TINY)
+    return Factors(*codes, sizes)
+
+
+def weight_gradient(factors: Factors, platform: str) -> Float32[Array, "..."]:
+    """Wgrad, [D F] or [e D F]."""
+    x, grad, sizes = factors
+    sizes = None if sizes is None else sizes.astype(jnp.int32)
     if platform == "tpu":
         return scaled_outer(x, grad) if sizes is None else grouped_scaled_outer(x, grad, sizes)
     x, grad = dequantize(x, COLUMN), dequantize(grad, COLUMN)

@@ -1,7 +1,7 @@
 """Products of activations with weights, whatever format the weights are in.
 
-A weight is an array, or an `Fp8Weight` where the policy says so: which of both is decided where
-weights are made ready for use (`layers/linear.py`), and no layer asks.
+A weight is an array, or an `Fp8Weight` where the policy says so, and in a pipeline stage either of
+them is `Deferred`: which it is is decided where weights are made ready for use, and no layer asks.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dsv3_jax.numerics.deferred import Deferred, deferred_gated_product, deferred_product
 from dsv3_jax.numerics.fp8 import Fp8Weight, Keep, fp8_gated_product, fp8_product
 from dsv3_jax.numerics.grouped_matmul import grouped_matmul
 from dsv3_jax.numerics.swiglu import swiglu
 from dsv3_jax.shapes import Array, Float, Int
 
-Weight = Array | Fp8Weight
+Weight = Array | Fp8Weight | Deferred
 AS_IT_IS = Keep()
 
 
@@ -35,9 +36,12 @@ def product(
         w: [D F], or [e D F] with groups: then what lies beyond the last one is unspecified.
         keep: what the backward finds of x.
     """
+    rows, sizes = x.reshape(-1, x.shape[-1]), None if groups is None else groups.sizes
     if isinstance(w, Fp8Weight):
-        sizes = None if groups is None else groups.sizes
-        return fp8_product(keep, x.reshape(-1, x.shape[-1]), w, sizes).reshape(*x.shape[:-1], -1)
+        return fp8_product(keep, rows, w, sizes).reshape(*x.shape[:-1], -1)
+    if isinstance(w, Deferred):
+        platform = "cpu" if groups is None else groups.platform
+        return deferred_product(keep, rows, w, sizes, platform).reshape(*x.shape[:-1], -1)
     x = x if keep.name is None else checkpoint_name(x, keep.name)
     if groups is None:
         return jnp.einsum("...D,DF->...F", x, w.astype(x.dtype))
@@ -56,11 +60,18 @@ def gated_product(
     The gate multiplies the hidden layer, which is narrower than the result and, unlike it, at hand
     in the backward.
     """
+    rows, sizes = hidden.reshape(-1, hidden.shape[-1]), None if groups is None else groups.sizes
     if isinstance(w, Fp8Weight):
-        sizes, rows = None if groups is None else groups.sizes, hidden.reshape(-1, hidden.shape[-1])
         return fp8_gated_product(keep, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
+    if isinstance(w, Deferred) and isinstance(w.weight, Fp8Weight):
+        return deferred_gated_product(keep, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
     hidden = hidden if keep.name is None else checkpoint_name(hidden, keep.name)
     return product(swiglu(hidden, gates), w, AS_IT_IS, groups)
+
+
+def at_once(w: Weight) -> Array | Fp8Weight:
+    """The same weight with a gradient that is not deferred."""
+    return w.weight if isinstance(w, Deferred) else w
 
 
 def weight_itself(w: Weight, dtype: jax.typing.DTypeLike) -> Array:

@@ -21,7 +21,7 @@ from dsv3_jax.numerics.blockscale import E4M3, TILE
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.training.state import layout_of, parts_of
 from sharding.dispatch import capacity_of
-from sharding.mesh import DATA_AXES, MeshSpec
+from sharding.mesh import AXES, MeshSpec
 from sharding.rules import Layout
 from sharding.vocabulary import n_pieces
 
@@ -76,7 +76,7 @@ def share_of(param: nnx.Variable, policy: Policy, layout: Layout, stacked: bool)
 def split_axes(param: nnx.Variable, layout: Layout) -> list[str]:
     """Mesh axes over which a parameter is divided between steps."""
     entries = layout.stored(param.names, param.sizes)
-    return [axis for entry in entries for axis in ([entry] if entry in DATA_AXES else entry or ())]
+    return [axis for entry in entries for axis in ([entry] if entry in AXES else entry or ())]
 
 
 def weights(config: Config, layout: Layout) -> dict[str, float]:

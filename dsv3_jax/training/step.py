@@ -26,6 +26,7 @@ from dsv3_jax.optimizer import (
     mtp_weight,
 )
 from dsv3_jax.shapes import Array
+from dsv3_jax.training.pipelined import pipelined
 from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
 from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
 from sharding.rules import Layout
@@ -62,6 +63,8 @@ def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout
     The gradients are those of the mean over the global batch. Losses are that mean; load and
     dropped pairs are sums over the whole batch.
     """
+    if layout.mesh.pp > 1:
+        return pipelined(config, mesh, layout)
     policy = Policy.of(config.precision)
     graphdef, params, _, redundant = parts_of(abstract_model(config.model, policy))
     stored = specs(params, layout)

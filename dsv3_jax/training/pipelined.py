@@ -1,0 +1,244 @@
+"""Losses and gradients of a step whose layers lie in pipeline stages (report sec. 3.2.1).
+
+Between steps nothing is different from a mesh without stages (`sharding/rules.py`). A step sends
+every MoE layer's weights to the ranks of its stage, runs all micro-batches through the one loop of
+`sharding/pipeline.py`, and sends the sums of the gradients back. Embedding, dense layers, final
+norm, head and MTP are whole on all ranks; those of the first and the last stage use them, so
+embedding and head, which both use, are one parameter with one gradient.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.hf_weights import flatten
+from dsv3_jax.layers.linear import (
+    assemble,
+    in_fp8,
+    landings,
+    of_parameters,
+    specs,
+    to_stages,
+    with_landings,
+)
+from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.layers.stack import kept_by, with_inputs, without
+from dsv3_jax.losses import Batch, inputs_of, losses_of, output_losses, target_counts
+from dsv3_jax.model import abstract_model, positions_of
+from dsv3_jax.numerics.deferred import Deferred, Name, Shapes, weight_gradient
+from dsv3_jax.numerics.fp8 import Fp8Weight, Slot
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.stages import pipeline_of
+from dsv3_jax.training.state import parts_of
+from sharding.mesh import BATCH, REPLICATED, region, whole_max, whole_sum
+from sharding.pipeline import Gradients, Parts, layers_of, run
+from sharding.rules import Layout
+from sharding.stages import from_ranks, most_of_ranks, of_rank
+
+
+def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
+    """As `loss_and_gradients` in step.py, on a mesh with stages.
+
+    Weights are gathered once a step, whatever `parallel.zero` says, and layers run in one piece:
+    the exchange of one micro-batch has another beside it.
+    """
+    policy, layout = Policy.of(config.precision), dataclasses.replace(layout, zero=1, pieces=1)
+    pipeline = pipeline_of(config, layout.mesh)
+    n_layers, micro = sum(pipeline.sizes), config.pipeline.micro_batch
+    places = layers_of(pipeline.table, pipeline.sizes)
+    places = tuple(map(tuple, places.reshape(len(places), -1).tolist()))
+    model = abstract_model(config.model, policy)
+    layer_graph = nnx.graphdef(model.moe)
+    _, params, bias, _ = parts_of(model)
+    model.moe = None
+    ends_graph, *_ = parts_of(model)
+    stored = specs(params, layout)
+
+    def shard(params, bias, batch: Batch, weight, _):
+        in_use = in_fp8(params, layout) if policy.fp8 else params
+        stack = to_stages(nnx.State(in_use["moe"]), layout, policy.compute, places)
+        ends = nnx.State({name: part for name, part in in_use.items() if name != "moe"})
+        ends = assemble(ends, layout, policy.compute)
+        end_bias = nnx.State({name: part for name, part in bias.items() if name != "moe"})
+        micros = jax.tree.map(lambda x: rearrange(x, "(m b) w -> m b w", b=micro), batch)
+        n_rows = batch.tokens.shape[0] * layout.mesh.data
+        counts = target_counts(batch, config.model.mtp_depth, layout)
+
+        def begin(slots, tokens: Batch):
+            model = nnx.merge(ends_graph, with_landings(ends, slots), end_bias)
+            inputs = inputs_of(tokens, config.model.mtp_depth)
+            return model.prefix(inputs, layout, config.parallel.remat)
+
+        def end(slots, x, tokens: Batch):
+            model = nnx.merge(ends_graph, with_landings(ends, slots), end_bias)
+            how = (tokens, counts, layout, config.parallel.remat)
+            main, mtp, stats = output_losses(model, model.norm(x), *how)
+            balance = jnp.zeros(()) if stats is None else stats.balance.sum()
+            total = losses_of(main, mtp, balance, n_rows, config.losses, weight).total
+            return total, (main, mtp, stats)
+
+        def last(x, tokens: Batch):
+            (d_slots, d_x), seen = jax.grad(end, (0, 1), has_aux=True)(landings(ends), x, tokens)
+            return d_x, _named(d_slots), seen
+
+        def first_backward(d_x, tokens: Batch) -> Gradients:
+            _, pull = jax.vjp(lambda slots: begin(slots, tokens), landings(ends))
+            return _named(pull(d_x)[0])
+
+        length = batch.tokens.shape[1] - 1 - config.model.mtp_depth
+        tokens = jax.ShapeDtypeStruct((micro, length), jnp.int32)
+        stage_bias = jax.tree.map(lambda x: of_rank(x, places), nnx.State(bias["moe"]))
+        d_balance = config.losses.balance_weight / n_rows
+        layer = _Layer(layer_graph, layout, config.parallel.remat, tokens, d_balance)
+        parts = Parts(
+            first=lambda tokens: begin(landings(ends), tokens),
+            forward=layer.forward,
+            last=last,
+            backward=layer.backward,
+            late=layer.late,
+            first_backward=first_backward,
+            join=_join,
+        )
+        found = run(pipeline.table, pipeline.sizes, parts, (stack, stage_bias), micros)
+
+        def home(path: str, x: jax.Array, variable: nnx.Param) -> jax.Array:
+            about = (variable.names, variable.sizes)
+            stage, _, inner = path.partition(".")
+            if stage == "moe":
+                grad = layout.from_stages(found.gradients[inner], x, *about, places)
+            else:
+                grad = layout.scatter(found.shared[path], x, *about)
+            return layout.whole_sum(grad, *about)
+
+        main, mtp, end_stats = whole_sum(found.seen_last[:2]) + found.seen_last[2:]
+        stats = _of_all(found.seen, end_stats, places, n_layers)
+        losses = losses_of(main, mtp, stats.balance.sum(), n_rows, config.losses, weight)
+        return losses, stats, _by_path(home, params)
+
+    return region(
+        shard,
+        mesh,
+        in_specs=(stored, REPLICATED, BATCH, REPLICATED, REPLICATED),
+        out_specs=(REPLICATED, REPLICATED, stored),
+    )
+
+
+class _Layer:
+    """Forward and backward of one MoE layer, the gradients of its products' weights apart.
+
+    Of the rest of its parameters, and of experts in further rounds of the exchange, the gradients
+    come at once.
+    """
+
+    def __init__(self, graph, layout: Layout, remat: str, tokens, d_balance: float):
+        """
+        Args:
+            tokens: shape of the inputs of a micro-batch.
+            d_balance: gradient of the loss with respect to a layer's balance loss.
+        """
+        self.graph, self.layout, self.d_balance = graph, layout, d_balance
+        self.positions = positions_of(jnp.zeros(tokens.shape, jnp.int32))
+        self.run = kept_by(self._run, remat)
+        self.pull = None  # the structure of a layer's backward, without what it has kept
+
+    def _run(self, weights, slots, factors, x):
+        """((y, balance loss), what was seen); `slots` and `factors` are there for their gradients."""
+        params, bias = weights
+
+        def ready(path: str, value, variable: nnx.Param):
+            if not variable.fp8:
+                return value
+            if isinstance(value, Fp8Weight) and path in slots:
+                value = value._replace(slot=Slot(slots[path]))
+            shapes = isinstance(factors, Shapes)
+            return Deferred(value, Name(path), factors if shapes else factors[path])
+
+        block = nnx.merge(self.graph, _by_path(ready, params), bias)
+        y, stats = block(x, self.positions, self.layout)
+        return (y, stats.balance), stats
+
+    def _inputs(self, weights, x):
+        """What `_run` gets besides x: weights, slots, and zeros for factors."""
+        slots = {
+            path: jnp.zeros(value.codes.values.shape, jnp.float32)
+            for path, value in flatten(weights[0]).items()
+            if isinstance(value, Fp8Weight) and self._has_more_rounds(weights[0], path)
+        }
+        shapes = Shapes()
+        jax.eval_shape(lambda w, s, x: self._run(w, s, shapes, x), weights, slots, x)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(shapes))
+        return weights, slots, zeros
+
+    def _has_more_rounds(self, params, path: str) -> bool:
+        variable = dict(_variables(params))[path]
+        return "expert" in variable.names and self.layout.mesh.ep > 1
+
+    def forward(self, weights, x):
+        inputs = self._inputs(weights, x)
+        (y, _), pull, stats = jax.vjp(self.run, *inputs, x, has_aux=True)
+        kept, self.pull = jax.tree.flatten(without(pull, inputs))
+        return y, kept, stats
+
+    def backward(self, weights, kept, d_y):
+        inputs = self._inputs(weights, d_y)
+        pull = with_inputs(self.pull.unflatten(kept), inputs)
+        d_weights, d_slots, factors, d_x = pull((d_y, jnp.float32(self.d_balance)))
+        grads = {
+            path: grad
+            for path, grad in flatten(d_weights[0]).items()
+            if path not in factors or self._has_more_rounds(weights[0], path)
+        }
+        return d_x, grads | d_slots, factors
+
+    def late(self, factors) -> Gradients:
+        platform = self.layout.mesh.platform
+        return {path: weight_gradient(pair, platform) for path, pair in factors.items()}
+
+
+def _variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
+    return [(".".join(path), variable) for path, variable in nnx.to_flat_state(state)]
+
+
+def _by_path(fn: Callable, state: nnx.State) -> nnx.State:
+    """fn(dotted path, value, variable) of every parameter."""
+    flat = [
+        (path, variable.replace(fn(".".join(path), variable.get_value(), variable)))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def _named(slots: nnx.State) -> Gradients:
+    """Gradients of `landings` by dotted path."""
+    return {
+        path: grad.weight if isinstance(grad, Slot) else grad
+        for path, grad in flatten(slots).items()
+    }
+
+
+def _join(total, new):
+    """Sums; of the rounds of exchanges, the most."""
+
+    def one(total, new):
+        if not isinstance(new, RouterStats):
+            return total + new
+        sums = jax.tree.map(jnp.add, total, new)
+        return sums._replace(rounds=jnp.maximum(total.rounds, new.rounds))
+
+    return jax.tree.map(one, total, new, is_leaf=lambda x: isinstance(x, RouterStats))
+
+
+def _of_all(seen: RouterStats, last: RouterStats | None, places, n_layers: int) -> RouterStats:
+    """The statistics of all MoE layers over the global batch, those of MTP last."""
+    sums = jax.tree.map(lambda x: from_ranks(x, None, places, n_layers), seen)
+    sums = sums._replace(rounds=most_of_ranks(seen.rounds, places, n_layers))
+    if last is not None:
+        sums = jax.tree.map(lambda *both: jnp.concatenate(both), sums, last)
+    return whole_sum(sums)._replace(rounds=whole_max(sums.rounds))
