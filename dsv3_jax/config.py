@@ -254,15 +254,20 @@ class PipelineConfig:
 
     `schedule` is one of those in sharding/schedule.py, or "auto": of dualpipe and dualpipev the one
     that is faster on paper, zb1p where there are too few micro-batches or layers for them. A
-    micro-batch has `micro_batch` sequences of each device.
+    micro-batch has `micro_batch` sequences of each device. Of at most `late` micro-batches a rank
+    keeps, between X and W, inputs and gradients of all products, which is much; None: of as many as
+    the schedule has.
     """
 
     schedule: str = "auto"
     micro_batch: int = 1
+    late: int | None = None
 
     def __post_init__(self):
         _check_choice("pipeline.schedule", self.schedule, ("auto", *NAMES))
         _check_positive(self, "pipeline", "micro_batch")
+        if self.late is not None and self.late < 0:
+            raise ValueError(f"pipeline.late={self.late} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

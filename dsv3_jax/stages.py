@@ -46,16 +46,23 @@ def pipeline_of(config: Config, mesh: MeshSpec) -> Pipeline:
 @functools.cache
 def _pipeline(name: str, config: Config, mesh: MeshSpec) -> Pipeline:
     model = config.model
-    table = table_of(make(name, mesh.pp, n_micro_batches(config, mesh)))
+    n_micro, late = n_micro_batches(config, mesh), config.pipeline.late
+    table = table_of(make(name, mesh.pp, n_micro, late))
     flops = forward_flops(model, config.train.seq_len)
     begin, end = (model.n_dense * flops["dense"] / flops["moe"], flops["end"] / flops["moe"])
     sizes = stage_sizes(model.n_layers - model.n_dense, table.stages.n_stages, begin, end)
     again = 0.0 if config.parallel.remat == "none" else 1.0
-    work = [float(size) for size in sizes]
-    work[0] += begin
-    work[-1] += end
     f, x, w = 1.0, 1.0 + again, 1.0
-    costs = Costs(f + EXPOSED, x + (1 + again) * EXPOSED, w, f + x + w, work)
+    costs = Costs(
+        f=f + EXPOSED,
+        x=x + (1 + again) * EXPOSED,
+        w=w,
+        fb=f + x + w,
+        sizes=sizes,
+        begin=begin * f,
+        begin_back=begin * (f + x + w),  # nothing is kept of it
+        end=end * (f + x + w),
+    )
     return Pipeline(table, sizes, costs)
 
 

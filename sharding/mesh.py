@@ -144,6 +144,13 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def without_stages(mesh: Mesh) -> Mesh:
+    """The same devices with the axis of pipeline stages as a part of `dp`."""
+    pp, dp, nodes, ranks = mesh.devices.shape
+    devices = mesh.devices.reshape(1, pp * dp, nodes, ranks)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def spec_of(mesh: Mesh | AbstractMesh) -> MeshSpec:
     """The sizes of a mesh that `make_mesh` made, and its devices; an abstract one has CPUs."""
     if mesh.axis_names != AXES:

@@ -65,6 +65,30 @@ def layers_of(table: Table, sizes: list[int]) -> np.ndarray:
     return layers
 
 
+def turns(table: Table, sizes: list[int]) -> dict[str, np.ndarray]:
+    """How often each part of a tick runs [ticks ranks], by the name that it has in the program.
+
+    Layers: "FB" of an F and a B side by side, "F", "B", "X" and "W" by themselves; and `first`,
+    `last` and `first_backward` of `Parts`.
+    """
+    stages, q = table.stages, {name: table.field(name) for name in FIELDS}
+    ranks = np.arange(stages.n_ranks)[None, :]
+    held = np.array([[sizes[stages.stage(r, c)] for c in range(stages.n_chunks)] for r in ranks[0]])
+    n_f = held[ranks, q["f_chunk"]] * q["f_on"]
+    n_b = held[ranks, q["b_chunk"]] * q["b_on"]
+    both = np.minimum(n_f, n_b) * q["fused"]
+    return {
+        "FB": both,
+        "F": n_f - both,
+        "B": n_b * (1 - q["b_split"]) - both,
+        "X": n_b * q["b_split"],
+        "W": held[ranks, q["w_chunk"]] * q["w_on"],
+        "first": q["f_on"] * q["f_first"],
+        "last": q["f_on"] * q["f_last"],
+        "first_backward": q["b_on"] * q["b_first"],
+    }
+
+
 def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result:
     """Forward and backward of all micro-batches.
 
@@ -88,18 +112,22 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
         total = parts.join(_at(seen, layer), noticed)
         return y, _put(kept, saved, q["f_kept"], i), _put(seen, total, layer)
 
-    def backward(i, q, d_y, kept):
+    def read(i, q, kept):
+        """What the last layer but i has kept, and all, to which may be written now."""
+        return lax.optimization_barrier((_at(kept, q["b_kept"], count[q["b_chunk"]] - 1 - i), kept))
+
+    def backward(i, q, d_y, saved):
         """Of the last layer but i."""
         inner = count[q["b_chunk"]] - 1 - i
         layer = q["b_chunk"] * most + inner
         # Tied to the loop: what doesn't depend on it would be moved out, and run in every tick.
-        saved, layer = lax.optimization_barrier((_at(kept, q["b_kept"], inner), layer))
+        saved, layer = lax.optimization_barrier((saved, layer))
         d_x, grads, late = parts.backward(_at(weights, layer), saved, d_y)
         return d_x, grads, late, inner, layer
 
     def whole(i, q, d_y, kept, total):
         """A backward with all of its gradients."""
-        d_x, grads, late, _, layer = backward(i, q, d_y, kept)
+        d_x, grads, late, _, layer = backward(i, q, d_y, read(i, q, kept)[0])
         return d_x, _add(_add(total, grads, layer), parts.late(late), layer)
 
     def tick(carry, row):
@@ -109,10 +137,10 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
         n_f = jnp.where(q["f_on"] == 1, count[q["f_chunk"]], 0)
         n_b = jnp.where(q["b_on"] == 1, count[q["b_chunk"]], 0)
         n_whole = jnp.where(q["b_split"] == 1, 0, n_b)
-        x = lax.cond(
+        (x,) = _branch(
+            "first",
             (q["f_on"] == 1) & (q["f_first"] == 1),
-            lambda x: parts.first(f_micro).astype(x.dtype),
-            lambda x: x,
+            lambda x: (parts.first(f_micro).astype(x.dtype),),
             _at(c["x"], q["f_in"]),
         )
         d_y, both = _at(c["g"], q["b_in"]), 0
@@ -121,24 +149,24 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
 
             def side_by_side(i, v):
                 x, d_y, kept, seen, total = v
-                d_y, grads, late, _, layer = backward(i, q, d_y, kept)
+                saved, kept = read(i, q, kept)
+                d_y, grads, late, _, layer = backward(i, q, d_y, saved)
                 x, kept, seen = forward(i, q, x, kept, seen)
                 return x, d_y, kept, seen, _add(_add(total, grads, layer), parts.late(late), layer)
 
             both = jnp.where(q["fused"] == 1, jnp.minimum(n_f, n_whole), 0)
             v = (x, d_y, c["kept"], c["seen"], c["total"])
-            x, d_y, c["kept"], c["seen"], c["total"] = lax.fori_loop(0, both, side_by_side, v)
-        x, c["kept"], c["seen"] = lax.fori_loop(
-            both, n_f, lambda i, v: forward(i, q, *v), (x, c["kept"], c["seen"])
-        )
-        d_y, c["total"] = lax.fori_loop(
-            both, n_whole, lambda i, v: whole(i, q, v[0], c["kept"], v[1]), (d_y, c["total"])
+            x, d_y, c["kept"], c["seen"], c["total"] = _loop("FB", 0, both, side_by_side, v)
+        v = (x, c["kept"], c["seen"])
+        x, c["kept"], c["seen"] = _loop("F", both, n_f, lambda i, v: forward(i, q, *v), v)
+        d_y, c["total"] = _loop(
+            "B", both, n_whole, lambda i, v: whole(i, q, v[0], c["kept"], v[1]), (d_y, c["total"])
         )
         if splits:
 
             def inputs(i, v):
                 d_y, lates, total = v
-                d_x, grads, late, inner, layer = backward(i, q, d_y, c["kept"])
+                d_x, grads, late, inner, layer = backward(i, q, d_y, read(i, q, c["kept"])[0])
                 return d_x, _put(lates, late, q["b_late"], inner), _add(total, grads, layer)
 
             def weights_of(i, v):
@@ -148,26 +176,22 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
                 return _add(v, parts.late(late), layer)
 
             n_x, v = n_b - n_whole, (d_y, c["late"], c["total"])
-            d_y, c["late"], c["total"] = lax.fori_loop(0, n_x, inputs, v)
+            d_y, c["late"], c["total"] = _loop("X", 0, n_x, inputs, v)
             n_w = jnp.where(q["w_on"] == 1, count[q["w_chunk"]], 0)
-            c["total"] = lax.fori_loop(0, n_w, weights_of, c["total"])
+            c["total"] = _loop("W", 0, n_w, weights_of, c["total"])
 
         def end(d_h, shared, seen):
             d_h, grads, noticed = parts.last(x, f_micro)
             return d_h.astype(x.dtype), _add(shared, grads), parts.join(seen, noticed)
 
         def begin(shared):
-            return _add(shared, parts.first_backward(d_y, b_micro))
+            return (_add(shared, parts.first_backward(d_y, b_micro)),)
 
-        d_h, c["shared"], c["seen_last"] = lax.cond(
-            (q["f_on"] == 1) & (q["f_last"] == 1),
-            end,
-            lambda *v: v,
-            *(jnp.zeros_like(x), c["shared"], c["seen_last"]),
-        )
-        c["shared"] = lax.cond(
-            (q["b_on"] == 1) & (q["b_first"] == 1), begin, lambda v: v, c["shared"]
-        )
+        v = (jnp.zeros_like(x), c["shared"], c["seen_last"])
+        ends = (q["f_on"] == 1) & (q["f_last"] == 1)
+        begins = (q["b_on"] == 1) & (q["b_first"] == 1)
+        d_h, c["shared"], c["seen_last"] = _branch("last", ends, end, *v)
+        (c["shared"],) = _branch("first_backward", begins, begin, c["shared"])
         arrived = _exchange(table, x, d_y) | {"x_self": x, "g_self": d_y, "g_loss": d_h}
         for name, what in arrived.items():
             if table.used(name):
@@ -178,6 +202,18 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
 
     c, _ = lax.scan(tick, zeros, rows)
     return Result(c["total"], c["shared"], c["seen"], c["seen_last"])
+
+
+def _loop(name: str, start, stop, body: Callable, carry):
+    """`fori_loop` under the name that `turns` has for it."""
+    with jax.named_scope(f"pipeline_{name}"):
+        return lax.fori_loop(start, stop, body, carry)
+
+
+def _branch(name: str, wanted: jax.Array, fn: Callable, *carry) -> tuple:
+    """fn(*carry) if it is wanted, else the carry, under the name that `turns` has for it."""
+    with jax.named_scope(f"pipeline_{name}"):
+        return lax.cond(wanted, fn, lambda *carry: carry, *carry)
 
 
 def _exchange(table: Table, x: jax.Array, d_y: jax.Array) -> dict[str, jax.Array]:

@@ -100,29 +100,43 @@ class Schedule:
 
 
 class Costs(NamedTuple):
-    """Time of a stage of size 1, by kind; an F and a B side by side take `fb`."""
+    """Time of a layer, by kind; an F and a B side by side take `fb`.
+
+    What comes before the first layer takes `begin` forwards and `begin_back` backwards, W and what
+    is computed again included; what comes after the last takes `end`, both ways, with the F.
+    """
 
     f: float = 1.0
     x: float = 1.0
     w: float = 1.0
     fb: float | None = None  # None: as long as one after the other
-    sizes: Sequence[float] | None = None  # of all stages, such as layers; None: all 1
+    sizes: Sequence[float] | None = None  # layers of all stages; None: 1 each
+    begin: float = 0.0
+    begin_back: float = 0.0
+    end: float = 0.0
 
     def of(self, slot: Slot, rank: int, stages: Stages) -> float:
         """Time of a slot. Of an F and a B of unequal size the rest runs by itself."""
-        size = {op: self._size(stages.stage(rank, op.chunk)) for op in slot}
+        stage = {op: stages.stage(rank, op.chunk) for op in slot}
+        size = {op: 1.0 if self.sizes is None else self.sizes[stage[op]] for op in slot}
         alone = {"F": self.f, "X": self.x, "W": self.w, "B": self.x + self.w}
         total = sum(alone[op.kind] * size[op] for op in slot)
         if self.fb is not None and {op.kind for op in slot} == {"F", "B"}:
             total -= min(size.values()) * (self.f + self.x + self.w - self.fb)
+        for op in slot:
+            if stage[op] == 0:
+                total += {"F": self.begin, "W": 0.0}.get(op.kind, self.begin_back)
+            if stage[op] == stages.n_stages - 1 and op.kind == "F":
+                total += self.end
         return total
 
-    def _size(self, stage: int) -> float:
-        return 1.0 if self.sizes is None else self.sizes[stage]
 
-
-def make(name: str, n_ranks: int, n_micro: int) -> Schedule:
+def make(name: str, n_ranks: int, n_micro: int, n_late: int | None = None) -> Schedule:
     """The schedule of that name.
+
+    Args:
+        n_late: micro-batches of a rank whose W may wait at a time; further X run as B. None for
+            as many as the schedule has.
 
     Raises:
         ValueError: unknown name, or too few or odd micro-batches; the message has the nearest
@@ -153,6 +167,8 @@ def make(name: str, n_ranks: int, n_micro: int) -> Schedule:
     else:
         shape = "line"
         programs = [_one_way(name, rank, n_ranks, n_micro) for rank in range(n_ranks)]
+    if n_late is not None:
+        programs = [_limited(program, n_late) for program in programs]
     return Schedule(name, Stages(n_ranks, shape), n_micro, tuple(programs))
 
 
@@ -225,6 +241,25 @@ def _two_way(place: int, depth: int, n_micro: int, mirrored: bool, second: int) 
     for _ in range(rest):
         program += [weights(), (op("X", 0),)]
     return program + [weights() for _ in range(len(late))]
+
+
+def _limited(program: Program, n_late: int) -> Program:
+    """A program with B in place of X and W where more than `n_late` would wait."""
+    waiting: set[tuple[int, int]] = set()
+    new: Program = []
+    for slot in program:
+        for op in slot:
+            key = (op.chunk, op.micro)
+            if op.kind == "X" and len(waiting) < n_late:
+                waiting.add(key)
+            elif op.kind == "X":
+                slot = (op._replace(kind="B"),)
+            elif op.kind == "W" and key not in waiting:
+                slot = ()
+            elif op.kind == "W":
+                waiting.remove(key)
+        new += [slot] if slot else []
+    return new
 
 
 def makespan(schedule: Schedule, costs: Costs) -> tuple[float, list[float]]:

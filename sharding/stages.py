@@ -7,6 +7,7 @@ layer may go to several ranks, as in DualPipe; the gradients of all copies come 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Layers = tuple[tuple[int, ...], ...]  # [ranks S]; L for a place without a layer
 
@@ -37,14 +38,14 @@ def most_of_ranks(x: jax.Array, layers: Layers, n_layers: int) -> jax.Array:
 
 
 def from_ranks(grad: jax.Array, dim: int | None, layers: Layers, n_layers: int) -> jax.Array:
-    """The transpose of `to_ranks`: of the stack [L ...].
+    """The transpose of `to_ranks`: of the stack [L ...]; all layers have as many copies.
 
     Where `dim` is None the sum over the ranks is left to the caller.
     """
-    table = jnp.asarray(layers)
     if dim is None:
-        table = table[jax.lax.axis_index("pp")]
-    else:
-        grad = jax.lax.all_to_all(grad[None], "pp", split_axis=dim + 1, concat_axis=0, tiled=True)
-    zeros = jnp.zeros((n_layers, *grad.shape[table.ndim :]), grad.dtype)
-    return zeros.at[table].add(grad, mode="drop")
+        table = jnp.asarray(layers)[jax.lax.axis_index("pp")]
+        return jnp.zeros((n_layers, *grad.shape[1:]), grad.dtype).at[table].add(grad, mode="drop")
+    parts = jax.lax.all_to_all(grad[None], "pp", split_axis=dim + 1, concat_axis=0, tiled=True)
+    flat = parts.reshape(-1, *parts.shape[2:])  # [ranks S ...] -> [ranks*S ...]
+    places = [np.flatnonzero(np.ravel(layers) == layer) for layer in range(n_layers)]
+    return sum(flat[np.array(copy)] for copy in zip(*places, strict=True))

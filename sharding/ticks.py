@@ -8,7 +8,7 @@ wrong.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -271,12 +271,19 @@ def _check_complete(table: Table, done: dict[tuple, int], n_micro: int):
 
 
 def lockstep(table: Table, costs: Costs) -> float:
-    """Time of all ticks if a rank ends each of them together with its neighbours."""
-    end = np.zeros(table.stages.n_ranks)
-    for row in table.slots:
-        work = [costs.of(slot, rank, table.stages) for rank, slot in enumerate(row)]
+    """Time of all ticks, as `joined`."""
+    stages = table.stages
+    return joined(
+        [[costs.of(slot, rank, stages) for rank, slot in enumerate(row)] for row in table.slots]
+    )
+
+
+def joined(times: Sequence[Sequence[float]]) -> float:
+    """Time of ticks [ticks ranks], each of which a rank ends together with its neighbours."""
+    end = np.zeros(len(times[0]))
+    for row in times:
         padded = np.concatenate([[0.0], end, [0.0]])
-        end = np.maximum(np.maximum(padded[:-2], padded[2:]), end) + np.array(work)
+        end = np.maximum(np.maximum(padded[:-2], padded[2:]), end) + np.array(row)
     return float(end.max())
 
 

@@ -4,7 +4,6 @@ Float32; gradients agree to 2e-6 of the largest number of each (sums in another 
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec
 from sharding.mesh import BATCH, make_mesh, parse_mesh, region
 from sharding.pipeline import Parts, layers_of, run
 from sharding.schedule import NAMES, make
-from sharding.ticks import FIELDS, table_of
+from sharding.ticks import table_of
 
 N_LAYERS, WIDTH, HIDDEN, VOCAB, ROWS, LENGTH = 9, 8, 12, 16, 4, 6
 

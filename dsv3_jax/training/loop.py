@@ -1,6 +1,7 @@
 """The training run: data, state, steps, evaluation, checkpoints, and what it leaves behind."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -11,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.text
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax import data
 from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.chips import multiplies_fp8
-from dsv3_jax.config import Config, check_mesh
+from dsv3_jax.config import Config, check_mesh, why_not
 from dsv3_jax.costs import training_flops_per_token
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.overrides import differences, to_dict
+from dsv3_jax.stages import pipeline_of
 from dsv3_jax.training import metrics, plots
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
@@ -36,7 +38,7 @@ from dsv3_jax.training.state import (
 )
 from dsv3_jax.training.step import Metrics, make_step
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import BATCH, MeshSpec, make_mesh, spec_of
+from sharding.mesh import BATCH, MeshSpec, make_mesh, spec_of, without_stages
 
 # Fields that may differ from those a workdir was begun with: they don't change what is learned.
 FREE = (
@@ -45,6 +47,7 @@ FREE = (
     "train.sample",
     "checkpoint.",
     "parallel.",
+    "pipeline.",
     "data.cache_dir",
     "fp8_stats",
     "model.moe.n_redundant",
@@ -99,8 +102,15 @@ class Run:
         policy = Policy.of(config.precision)
         optimizer = make_optimizer(config.optimizer, policy, self.tokens_per_step)
         self.step = make_step(config, optimizer, self.mesh, self.layout)
-        self.evaluation = make_evaluation(config, self.mesh, self.layout)
-        how = (config, self.mesh, self.layout)
+        self.pipeline = pipeline_of(config, self.layout.mesh) if spec.pp > 1 else None
+        # All that is not a training step has no stages, and gathers weights a layer at a time.
+        self.flat_mesh, self.flat_layout = self.mesh, self.layout
+        if self.pipeline is not None:
+            self.flat_mesh = without_stages(self.mesh)
+            flat = layout_of(config, spec_of(self.flat_mesh))
+            self.flat_layout = dataclasses.replace(flat, zero=3)
+        how = (config, self.flat_mesh, self.flat_layout)
+        self.evaluation = make_evaluation(*how)
         self.fp8_stats = make_fp8_stats(*how) if config.fp8_stats else None
         self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self.state = self._start(optimizer)
@@ -137,6 +147,8 @@ class Run:
         plots.plot_loss(rows, self.workdir / "plots/loss.png", self.corpus.unigram_entropy)
         if self.config.fp8_stats:
             plots.plot_fp8(rows, self.workdir / "plots/fp8.png")
+        if self.pipeline is not None:
+            plots.plot_pipeline(self.pipeline, self.workdir / "plots/pipeline.png")
         if self.config.model.moe:
             plots.plot_expert_load(*self.loads.arrays(), self.workdir / "plots/expert_load.png")
         if self.stopped_by is not None:
@@ -149,7 +161,7 @@ class Run:
         """Dispatch step after step; each one's numbers are read while the next one runs."""
         config, pending, clock = self.config, None, time.perf_counter()
         while self.first < config.train.steps and self.stopped_by is None:
-            batch = self._batch(next(self.loader))
+            batch = self._batch(next(self.loader), self.mesh)
             self.state, numbers = self.step(self.state, batch, self.redundancy.slots)
             self.first += 1
             if pending is not None:
@@ -170,11 +182,14 @@ class Run:
         if pending is not None:
             self._report(log, progress, *pending, clock)
 
-    def _batch(self, rows: dict[str, np.ndarray]) -> Batch:
-        sharding = NamedSharding(self.mesh, BATCH)
-        tokens = jax.make_array_from_process_local_data(sharding, rows["tokens"])
-        mask = np.ones(rows["tokens"].shape, bool)
-        return Batch(tokens, jax.make_array_from_process_local_data(sharding, mask))
+    def _batch(self, rows: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+        """Rows on the devices, with rows without targets where they cannot be shared out evenly."""
+        sharding = NamedSharding(mesh, BATCH)
+        tokens = rows["tokens"]
+        more = -len(tokens) % max(spec_of(mesh).data // jax.process_count(), 1)
+        mask = np.pad(np.ones(tokens.shape, bool), ((0, more), (0, 0)))
+        both = (np.pad(tokens, ((0, more), (0, 0))), mask)
+        return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in both))
 
     def _report(self, log, progress, step: int, numbers: Metrics, since: float) -> float:
         """Log one step's numbers once it has run; returns when that was."""
@@ -229,7 +244,7 @@ class Run:
         return row
 
     def _evaluate(self, log: metrics.MetricsLog, progress: metrics.Progress):
-        batches = [self._batch(rows) for rows in self.held_out]
+        batches = [self._batch(rows, self.flat_mesh) for rows in self.held_out]
         losses = [self.evaluation(self.state.params, self.state.bias, b) for b in batches]
         main, mtp = np.mean([jax.device_get((x.main, x.mtp)) for x in losses], axis=0)
         floor = self.corpus.unigram_entropy
@@ -263,10 +278,18 @@ class Run:
             f"({self.mesh.size} {jax.default_backend()} devices), {where}\n"
             f"text: {self.config.data.source}, {corpus.n_train_tokens:,} tokens of "
             f"{model.vocab_size:,}; held out, unigram entropy {corpus.unigram_entropy:.4f} nats\n"
-            f"{self._fp8_note()}"
+            f"{self._pipeline_note()}{self._fp8_note()}"
             f"writing to {self.workdir}: metrics.jsonl, tensorboard/, checkpoints/, plots/",
             flush=True,
         )
+
+    def _pipeline_note(self) -> str:
+        if self.pipeline is None:
+            return ""
+        why = ""
+        if self.config.pipeline.schedule == "auto" and self.pipeline.table.schedule.name == "zb1p":
+            why = f" ({why_not('dualpipe', self.config, self.layout.mesh)})"
+        return f"pipeline: {self.pipeline}{why}\n"
 
     def _fp8_note(self) -> str:
         kind = jax.local_devices()[0].device_kind
@@ -290,15 +313,15 @@ class Run:
 
     def _sample(self) -> tuple[str, str]:
         """Prompt from the held-out text, and what the model makes of it."""
-        shares, new = self.layout.mesh.data, self.config.train.sample_tokens
+        shares, new = self.flat_layout.mesh.data, self.config.train.sample_tokens
         prompt = np.asarray(self.corpus.held_out[0][:16])
         rows = np.zeros((shares, prompt.size + new), np.int32)
         rows[:, : prompt.size] = prompt
         keys = jax.random.split(jax.random.key(self.config.train.seed), shares)
-        sharding = NamedSharding(self.mesh, BATCH)
+        sharding = NamedSharding(self.flat_mesh, BATCH)
         rows = jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
         keys = jax.device_put(jax.random.key_data(keys), sharding)
-        sampler = make_sampler(self.config, self.mesh, self.layout)
+        sampler = make_sampler(self.config, self.flat_mesh, self.flat_layout)
         out = sampler(self.state.params, self.state.bias, rows, jnp.int32(prompt.size), keys)
         row = np.asarray(out.addressable_shards[0].data)[0]
         decode = self.corpus.tokenizer.decode

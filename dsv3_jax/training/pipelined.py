@@ -8,7 +8,6 @@ embedding and head, which both use, are one parameter with one gradient.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -23,7 +22,6 @@ from dsv3_jax.layers.linear import (
     assemble,
     in_fp8,
     landings,
-    of_parameters,
     specs,
     to_stages,
     with_landings,
@@ -149,7 +147,7 @@ class _Layer:
         self.pull = None  # the structure of a layer's backward, without what it has kept
 
     def _run(self, weights, slots, factors, x):
-        """((y, balance loss), what was seen); `slots` and `factors` are there for their gradients."""
+        """((y, balance loss), what was seen); slots and factors are there for their gradients."""
         params, bias = weights
 
         def ready(path: str, value, variable: nnx.Param):

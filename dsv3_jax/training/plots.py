@@ -7,6 +7,9 @@ import matplotlib.ticker
 import numpy as np
 from jaxtyping import Float, Int
 
+from dsv3_jax.stages import Pipeline
+from sharding import gantt
+
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#666666"
 
 
@@ -46,6 +49,19 @@ def plot_loss(rows: list[dict], path: str | Path, unigram_entropy: float):
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     _save(figure, path)
+
+
+def plot_pipeline(pipeline: Pipeline, path: Path):
+    """Draw what every rank of the pipeline does in a step, in time on paper."""
+    table, costs = pipeline.table, pipeline.costs
+    size = (14.0, 1.6 + 0.3 * table.stages.n_ranks)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    gantt.draw(axes, table, costs)
+    axes.set(title=f"pipeline: {pipeline}", xlabel="forwards of a layer")
+    gantt.legend(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def plot_expert_load(

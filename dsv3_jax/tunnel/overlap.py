@@ -13,11 +13,12 @@ The model walks each computation in its order, with three things that work side 
 Exchanges take nothing of the HBM's bandwidth. A loop's body is walked once, from an idle link, and
 multiplied by its trips; what is started outside of a loop goes on beside it. A `done` whose start
 lies outside its computation waits for nothing. Of a conditional the slowest branch counts. All
-devices are taken to be in step.
+devices are taken to be in step; what stages of a pipeline wait is not in here (`pipeline.py`).
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from dsv3_jax.tunnel.collectives import Collective, collective, launched_by, phase
@@ -129,6 +130,7 @@ class Walk:
     Args:
         trips: of every loop, by its name (`hlo.trip_counts`, and guesses for the rest).
         kernels: FLOPs of custom kernels.
+        odds: of conditionals, how often the slowest branch runs; always, unless given.
     """
 
     def __init__(
@@ -137,8 +139,10 @@ class Walk:
         machine: Machine,
         trips: Mapping[str, float],
         kernels: Kernels = KERNELS,
+        odds: Mapping[str, float] = MappingProxyType({}),
     ):
         self.module, self.machine, self.trips, self.kernels = module, machine, trips, kernels
+        self.odds = odds
         self.done: dict[str, Schedule] = {}
 
     def step(self) -> Schedule:
@@ -276,7 +280,8 @@ class _Clock:
             times = self.walk.trips_of(instruction)
             names = [instruction.attribute("body").lstrip("%")]
         else:
-            times, names = 1.0, list(instruction.called)
+            times = self.walk.odds.get(instruction.name, 1.0)
+            names = list(instruction.called)
         inner = max((self.walk.computation(n) for n in names), key=lambda one: one.makespan)
         end = self.now + times * inner.makespan
         if end > self.now:

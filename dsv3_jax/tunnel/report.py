@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dsv3_jax.config import Config
 from dsv3_jax.costs import training_flops_per_token
-from dsv3_jax.tunnel import hlo, memory, work
+from dsv3_jax.stages import pipeline_of
+from dsv3_jax.tunnel import hlo, memory, pipeline, work
 from dsv3_jax.tunnel.collectives import mesh_axes
 from dsv3_jax.tunnel.compile import Compilation, Target
 from dsv3_jax.tunnel.kernels import kernels
@@ -34,7 +35,16 @@ def walk_of(config: Config, target: Target, folder: Path, compilation: Compilati
         ragged_fill=1.0 / config.parallel.capacity,
     )
     trips = known | {loop.name: assumed_trips(loop) for loop in unknown}
-    return Walk(module, machine, trips, kernels(config.parallel.capacity))
+    mesh, odds = target.mesh, {}
+    if mesh.pp > 1:
+        odds = pipeline.means(module, pipeline_of(config, mesh))
+        trips |= {loop.name: odds[loop.name] for loop in unknown if loop.name in odds}
+    return Walk(module, machine, trips, kernels(config.parallel.capacity), odds)
+
+
+def bodies_of(walk: Walk) -> dict[str, str]:
+    """The loop bodies that run a layer, by what they do with it."""
+    return pipeline.bodies(walk.module) or walk.layer_bodies()
 
 
 def assumed_trips(loop: hlo.Loop) -> float:
@@ -60,6 +70,10 @@ def report(
     tokens = train.batch * train.seq_len
     useful = training_flops_per_token(config.model, train.seq_len) * tokens
     n_devices, seconds = target.mesh.n_devices, schedule.makespan
+    staged = {}
+    if target.mesh.pp > 1:
+        staged = pipeline.figures(walk, pipeline_of(config, target.mesh))
+        seconds = staged["step_seconds"]
     _, unknown = hlo.trip_counts(module)
     return {
         "config": config.name,
@@ -76,9 +90,10 @@ def report(
         "predicted_step_seconds": seconds,
         "predicted_mfu": useful / n_devices / target.chip.bf16_peak / seconds,
         "tokens_per_second_per_chip": tokens / seconds / n_devices * target.chip.devices_a_chip,
+        "pipeline": staged,
         "layers": {
             way: layer(walk.computation(body), tokens / target.mesh.data, target.mesh)
-            for way, body in walk.layer_bodies().items()
+            for way, body in bodies_of(walk).items()
         },
         "assumed_trips": [loop._asdict() | {"trips": walk.trips[loop.name]} for loop in unknown],
         "unknown_kernels": work.unknown_kernels(module, walk.kernels),

@@ -20,7 +20,7 @@ from dsv3_jax.tunnel.compile import (
 )
 from dsv3_jax.tunnel.memory import dumped
 from dsv3_jax.tunnel.overlap import Event, Walk
-from dsv3_jax.tunnel.report import HLO, STEP, report, walk_of
+from dsv3_jax.tunnel.report import HLO, STEP, bodies_of, report, walk_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def parse_option(text: str) -> tuple[str, Option]:
 
 def pictures(walk: Walk, config: Config, target: Target) -> dict[str, list[Event]]:
     """Events of the longest layer, forward and backward, by title; of the step if none loops."""
-    walked = {f"a layer {way}": walk.computation(body) for way, body in walk.layer_bodies().items()}
+    walked = {f"a layer {way}": walk.computation(body) for way, body in bodies_of(walk).items()}
     return {
         f"{config.name} on {target.topology}, {target.mesh}: {what}, "
         f"{tables.clock(schedule.makespan)}": schedule.events
