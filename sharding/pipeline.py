@@ -84,7 +84,7 @@ def turns(table: Table, sizes: list[int]) -> dict[str, np.ndarray]:
         "X": n_b * q["b_split"],
         "W": held[ranks, q["w_chunk"]] * q["w_on"],
         "first": q["f_on"] * q["f_first"],
-        "last": q["f_on"] * q["f_last"],
+        "last": q["b_on"] * q["b_last"],
         "first_backward": q["b_on"] * q["b_first"],
     }
 
@@ -143,7 +143,15 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
             lambda x: (parts.first(f_micro).astype(x.dtype),),
             _at(c["x"], q["f_in"]),
         )
-        d_y, both = _at(c["g"], q["b_in"]), 0
+
+        def end(h, shared, seen):
+            d_h, grads, noticed = parts.last(h, b_micro)
+            return d_h.astype(x.dtype), _add(shared, grads), parts.join(seen, noticed)
+
+        ends = (q["b_on"] == 1) & (q["b_last"] == 1)
+        v = (_at(c["g"], q["b_in"]), c["shared"], c["seen_last"])
+        d_y, c["shared"], c["seen_last"] = _branch("last", ends, end, *v)
+        both = 0
 
         if fuses:
 
@@ -180,19 +188,12 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
             n_w = jnp.where(q["w_on"] == 1, count[q["w_chunk"]], 0)
             c["total"] = _loop("W", 0, n_w, weights_of, c["total"])
 
-        def end(d_h, shared, seen):
-            d_h, grads, noticed = parts.last(x, f_micro)
-            return d_h.astype(x.dtype), _add(shared, grads), parts.join(seen, noticed)
-
         def begin(shared):
             return (_add(shared, parts.first_backward(d_y, b_micro)),)
 
-        v = (jnp.zeros_like(x), c["shared"], c["seen_last"])
-        ends = (q["f_on"] == 1) & (q["f_last"] == 1)
         begins = (q["b_on"] == 1) & (q["b_first"] == 1)
-        d_h, c["shared"], c["seen_last"] = _branch("last", ends, end, *v)
         (c["shared"],) = _branch("first_backward", begins, begin, c["shared"])
-        arrived = _exchange(table, x, d_y) | {"x_self": x, "g_self": d_y, "g_loss": d_h}
+        arrived = _exchange(table, x, d_y) | {"x_self": x, "g_self": d_y, "g_end": x}
         for name, what in arrived.items():
             if table.used(name):
                 scratch = c[name[0]].shape[0] - 1

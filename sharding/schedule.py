@@ -103,7 +103,7 @@ class Costs(NamedTuple):
     """Time of a layer, by kind; an F and a B side by side take `fb`.
 
     What comes before the first layer takes `begin` forwards and `begin_back` backwards, W and what
-    is computed again included; what comes after the last takes `end`, both ways, with the F.
+    is computed again included; what comes after the last takes `end`, both ways, before its B.
     """
 
     f: float = 1.0
@@ -126,7 +126,7 @@ class Costs(NamedTuple):
         for op in slot:
             if stage[op] == 0:
                 total += {"F": self.begin, "W": 0.0}.get(op.kind, self.begin_back)
-            if stage[op] == stages.n_stages - 1 and op.kind == "F":
+            if stage[op] == stages.n_stages - 1 and op.step == "B":
                 total += self.end
         return total
 

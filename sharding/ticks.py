@@ -15,15 +15,16 @@ import numpy as np
 from sharding.schedule import Costs, Schedule, Slot, Stages
 
 # Of F, B and W: whether there is one, chunk, micro-batch, and places: where the input waits, where
-# is kept what the backward needs, and what W needs. B has `b_split` if it is an X. F is `first` or
-# `last` at an end of the pipeline. `fused`: F and B run side by side. Last, where things go that
+# is kept what the backward needs, and what W needs. B has `b_split` if it is an X; `first` and
+# `last` are the ends of the pipeline. `fused`: F and B run side by side. Last, where things go that
 # arrive at the end of the tick, -1 for none: activations x and gradients g from the rank before
-# (`down`), the rank after (`up`), this one (`self`), and the gradient of the loss (`loss`).
+# (`down`), the rank after (`up`) and this one (`self`). What comes out of the last stage waits
+# among the gradients (`end`): the loss and its gradient are worked out when B begins.
 FIELDS = (
-    "f_on", "f_chunk", "f_micro", "f_in", "f_kept", "f_first", "f_last",
-    "b_on", "b_chunk", "b_micro", "b_in", "b_kept", "b_first", "b_split", "b_late",
+    "f_on", "f_chunk", "f_micro", "f_in", "f_kept", "f_first",
+    "b_on", "b_chunk", "b_micro", "b_in", "b_kept", "b_first", "b_last", "b_split", "b_late",
     "w_on", "w_chunk", "w_late", "fused",
-    "x_down", "x_up", "x_self", "g_down", "g_up", "g_self", "g_loss",
+    "x_down", "x_up", "x_self", "g_down", "g_up", "g_self", "g_end",
 )  # fmt: skip
 ARRIVALS = FIELDS[-7:]
 
@@ -78,7 +79,7 @@ def table_of(schedule: Schedule) -> Table:
                 way = {-1: "down", 1: "up", 0: "self"}[origin[0] - rank]
                 arrivals[step][key] = (when[step, *origin, micro], way)
             elif step == "B":
-                arrivals[step][key] = (when["F", *here, micro], "loss")
+                arrivals[step][key] = (when["F", *here, micro], "end")
         for kind, step in (("x", "F"), ("g", "B")):
             for key, (tick, _) in arrivals[step].items():
                 waits[kind].append((tick, when[step, rank, *key] - 1, key))
@@ -142,7 +143,6 @@ def _numbers(slot: Slot, rank: int, stages: Stages, places: dict) -> dict[str, i
             numbers |= {"f_micro": op.micro, "f_in": places["x"].get(key, 0)}
             numbers["f_kept"] = places["kept"][key]
             numbers["f_first"] = int(stages.before(*here) is None)
-            numbers["f_last"] = int(stages.after(*here) is None)
         elif op.kind == "W":
             numbers["w_late"] = places["late"][key]
         else:
@@ -152,6 +152,7 @@ def _numbers(slot: Slot, rank: int, stages: Stages, places: dict) -> dict[str, i
                 "b_kept": places["kept"][key],
             }
             numbers["b_first"] = int(stages.before(*here) is None)
+            numbers["b_last"] = int(stages.after(*here) is None)
             if op.kind == "X":
                 numbers |= {"b_split": 1, "b_late": places["late"][key]}
     return numbers
@@ -187,24 +188,24 @@ def check(table: Table):
 
     def work(tick: int, rank: int, q: dict[str, int]) -> dict[str, tuple | None]:
         """What a rank has to send after its tick."""
-        sent: dict[str, tuple | None] = {"x": None, "g": None, "loss": None}
+        sent: dict[str, tuple | None] = {"x": None, "g": None, "end": None}
         f, b = (q["f_chunk"], q["f_micro"]), (q["b_chunk"], q["b_micro"])
         if q["f_on"]:
             stage = stages.stage(rank, f[0])
-            ends = (int(stage == 0), int(stage == stages.n_stages - 1))
-            if (q["f_first"], q["f_last"]) != ends:
-                fail(tick, rank, f"stage {stage} has f_first, f_last = {q['f_first'], q['f_last']}")
+            if q["f_first"] != (stage == 0):
+                fail(tick, rank, f"stage {stage} has f_first={q['f_first']}")
             if stage:
                 take(tick, rank, "x", q["f_in"], (stage, *f))
             put(tick, rank, "kept", q["f_kept"], (stage, *f))
-            sent["loss" if ends[1] else "x"] = (stage if ends[1] else stage + 1, *f)
+            last = stage == stages.n_stages - 1
+            sent["end" if last else "x"] = (stage if last else stage + 1, *f)
             done["F", stage, f[1]] = done.get(("F", stage, f[1]), 0) + 1
         if q["b_on"]:
             stage = stages.stage(rank, b[0])
             take(tick, rank, "g", q["b_in"], (stage, *b))
             take(tick, rank, "kept", q["b_kept"], (stage, *b))
-            if q["b_first"] != (stage == 0):
-                fail(tick, rank, f"stage {stage} has b_first={q['b_first']}")
+            if (q["b_first"], q["b_last"]) != (stage == 0, stage == stages.n_stages - 1):
+                fail(tick, rank, f"stage {stage} has b_first, b_last = {q['b_first'], q['b_last']}")
             sent["g"] = (stage - 1, *b) if stage else None
             if q["b_split"]:
                 put(tick, rank, "late", q["b_late"], (stage, b[0]))
@@ -220,7 +221,7 @@ def check(table: Table):
     for tick, ranks in enumerate(table.rows):
         rows = [dict(zip(FIELDS, map(int, row), strict=True)) for row in ranks]
         sent = [work(tick, rank, q) for rank, q in enumerate(rows)]
-        nothing: dict[str, tuple | None] = {"x": None, "g": None, "loss": None}
+        nothing: dict[str, tuple | None] = {"x": None, "g": None, "end": None}
         for rank, q in enumerate(rows):
             down = sent[rank - 1] if rank else nothing
             up = sent[rank + 1] if rank + 1 < stages.n_ranks else nothing
@@ -232,10 +233,10 @@ def check(table: Table):
                         fail(tick, rank, f"{kind}_{way}={place}, but {arrives or 'nothing'} comes")
                     if wanted:
                         put(tick, rank, kind, place, _seen(stages, rank, arrives))
-            if (q["g_loss"] >= 0) != (sent[rank]["loss"] is not None):
-                fail(tick, rank, f"g_loss={q['g_loss']}")
-            if sent[rank]["loss"] is not None:
-                put(tick, rank, "g", q["g_loss"], sent[rank]["loss"])
+            if (q["g_end"] >= 0) != (sent[rank]["end"] is not None):
+                fail(tick, rank, f"g_end={q['g_end']}")
+            if sent[rank]["end"] is not None:
+                put(tick, rank, "g", q["g_end"], sent[rank]["end"])
     _check_complete(table, done, n_micro)
 
 
