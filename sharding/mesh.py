@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("pp", "dp", "node", "rank")
@@ -141,7 +142,9 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     check_devices(spec, len(devices), devices[0].platform)
     shape = tuple(spec.sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # On a torus two mesh axes may share one of its axes, where no other way is left.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def without_stages(mesh: Mesh) -> Mesh:
