@@ -284,8 +284,8 @@ def _at(tree, *index):
 def _put(tree, values, *index):
     """The inverse of `_at`: all arrays with these entries in their places."""
 
-    def one(a: jax.Array, value: jax.Array) -> jax.Array:
-        value = value.astype(a.dtype).reshape((1,) * len(index) + value.shape)
+    def one(a: jax.Array, value) -> jax.Array:
+        value = jnp.asarray(value, a.dtype).reshape((1,) * len(index) + value.shape)
         return lax.dynamic_update_slice(a, value, (*index, *(0,) * (a.ndim - len(index))))
 
     return jax.tree.map(one, tree, values)

@@ -12,11 +12,13 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from sharding.mesh import BATCH, make_mesh, parse_mesh, region
-from sharding.pipeline import Parts, layers_of, run
+from dsv3_jax.tunnel import hlo, pipeline
+from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
+from sharding.pipeline import Parts, layers_of, run, turns
 from sharding.schedule import NAMES, make
 from sharding.ticks import table_of
 
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 N_LAYERS, WIDTH, HIDDEN, VOCAB, ROWS, LENGTH = 9, 8, 12, 16, 4, 6
 
 
@@ -157,9 +159,6 @@ def assert_equals_plain(got, n_micro: int, ep: int):
             assert error <= 2e-6 * np.abs(grad).max(), f"{name}: off by {error}"
 
 
-CASES = [(4, 8, 2), (2, 6, 1), (4, 12, 1)]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_plain_program(name):
     fn, _ = program(name, 4, 8, 2)
@@ -172,3 +171,58 @@ def test_equals_the_plain_program(name):
 def test_equals_the_plain_program_in_more_shapes(name, n_ranks, n_micro, ep):
     fn, _ = program(name, n_ranks, n_micro, ep)
     assert_equals_plain(fn(*numbers(), tokens(n_micro)), n_micro, ep)
+
+
+def test_late_weights_change_nothing():
+    table = table_of(make("dualpipe", 4, 8, n_late=0))
+    mesh = make_mesh(parse_mesh("pp4"), jax.devices()[:4])
+    found = jax.jit(functools.partial(step, table, sizes_of(4), mesh))(*numbers(), tokens(8))
+    assert table.n_late == 0
+    assert_equals_plain(found, 8, 1)
+
+
+def test_turns_are_those_of_all_layers():
+    """Every micro-batch passes every layer once each way, in whatever way."""
+    for name in NAMES:
+        table = table_of(make(name, 2, 6))
+        sizes = sizes_of(table.stages.n_stages)
+        count = {part: n.sum() for part, n in turns(table, sizes).items()}
+        assert count["FB"] + count["F"] == 6 * N_LAYERS
+        assert count["FB"] + count["B"] + count["X"] == 6 * N_LAYERS
+        assert count["W"] == count["X"]
+        assert count["first"] == count["last"] == count["first_backward"] == 6
+
+
+def test_a_layer_must_keep_its_shape():
+    parts = parts_of({"table": jnp.ones((VOCAB, WIDTH))}, False)
+    wider = parts._replace(forward=lambda w, x: (jnp.concatenate([x, x]), (), {}))
+    table, mesh = table_of(make("gpipe", 2, 2)), make_mesh(parse_mesh("pp2"), jax.devices()[:2])
+    layers = jax.tree.map(lambda a: a[:5], numbers()[0])
+
+    def shard(layers, micros):
+        return run(table, [5, 4], wider, layers, micros).seen_last
+
+    with pytest.raises(TypeError, match="must keep shape and type"):
+        jax.eval_shape(region(shard, mesh, (REPLICATED, REPLICATED), REPLICATED), layers, tokens(2))
+
+
+@pytest.mark.parametrize("name", ["zb1p", "dualpipe"])
+def test_idle_ranks_compute_nothing(name):
+    """In the optimized program all products stand in loops and branches of their own."""
+    n_micro, ranks = 8, 4
+    table = table_of(make(name, ranks, n_micro))
+    mesh = make_mesh(parse_mesh(f"pp{ranks}"), jax.devices()[:ranks])
+    lowered = jax.jit(functools.partial(step, table, [1] * 3 + [6], mesh)).lower(
+        *numbers(), tokens(n_micro)
+    )
+    text = lowered.compile(OPTIMIZED).as_text()
+    module = hlo.parse(text)
+    parts = pipeline.parts_of(module)
+    assert set(parts) == {name for name, n in turns(table, [1] * 3 + [6]).items() if n.any()}
+    ticks = next(c for c in module.computations.values() if parts["F"].name in c.by_name)
+    for computation in (ticks, module.computations[module.entry]):
+        products = [i.name for i in computation.instructions if i.opcode == "dot"]
+        assert not products, f"products outside of any part: {products}"
+    kinds = {name: part.opcode for name, part in parts.items()}
+    ends = ("first", "last", "first_backward")
+    assert all(kinds[name] == ("conditional" if name in ends else "while") for name in parts)
