@@ -3,8 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from sharding.mesh import MeshSpec
-from sharding.schedule import NAMES, nearest_micro
+from sharding.schedule import NAMES
 
 
 def _check_positive(config, section: str, *names: str):
@@ -322,87 +321,3 @@ class Config:
                 f"fp8_stats=True counts FP8 codes, but precision.products="
                 f"{self.precision.products!r}; add --set precision=fp8"
             )
-
-
-def check_mesh(config: Config, mesh: MeshSpec):
-    """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
-    batch = config.train.batch
-    _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
-    check_model_mesh(config.model, mesh)
-    if mesh.pp > 1:
-        _check_pipeline(config, mesh)
-
-
-def n_micro_batches(config: Config, mesh: MeshSpec) -> int:
-    """Micro-batches of a step that pass through the pipeline."""
-    return config.train.batch // (mesh.data * config.pipeline.micro_batch)
-
-
-def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
-    """Why a schedule cannot run that config on that mesh, with what would work; None if it can."""
-    model, n_micro = config.model, n_micro_batches(config, mesh)
-    n_stages = mesh.pp * (2 if schedule == "dualpipev" else 1)
-    # The embedding with the dense layers, and the output head with MTP, are as good as layers.
-    n_parts = model.n_layers - model.n_dense + 2
-    fits = nearest_micro(schedule, mesh.pp, n_micro)
-    if fits is None:
-        return f"dualpipe needs an even number of stages, not pp={mesh.pp}"
-    if n_parts < n_stages:
-        most = n_parts // (2 if schedule == "dualpipev" else 1)
-        return (
-            f"{schedule} on pp={mesh.pp} makes {n_stages} stages of {n_parts - 2} layers with "
-            f"experts and both ends of the model; at most pp={most} works"
-        )
-    if fits != n_micro:
-        return (
-            f"{schedule} on pp={mesh.pp} needs {fits} micro-batches, and train.batch="
-            f"{config.train.batch} makes {n_micro} of pipeline.micro_batch="
-            f"{config.pipeline.micro_batch} on {mesh.data} devices a stage; train.batch="
-            f"{fits * mesh.data * config.pipeline.micro_batch} works"
-        )
-    return None
-
-
-def _check_pipeline(config: Config, mesh: MeshSpec):
-    rows, micro = config.train.batch // mesh.data, config.pipeline.micro_batch
-    if rows % micro:
-        raise ValueError(
-            f"mesh {mesh}: the {rows} sequences that a device has of train.batch="
-            f"{config.train.batch} are no multiple of pipeline.micro_batch={micro}"
-        )
-    if config.model.n_dense == config.model.n_layers:
-        raise ValueError(
-            f"mesh {mesh}: stages are made of layers with experts, and model.n_dense="
-            f"{config.model.n_dense} leaves none; use dp in place of pp"
-        )
-    if config.model.moe and config.model.moe.n_redundant:
-        raise NotImplementedError(
-            f"mesh {mesh}: model.moe.n_redundant={config.model.moe.n_redundant} with pipeline "
-            f"stages; set it to 0, or use dp in place of pp"
-        )
-    schedule = config.pipeline.schedule
-    if reason := why_not("zb1p" if schedule == "auto" else schedule, config, mesh):
-        raise ValueError(f"mesh {mesh}: {reason}")
-
-
-def check_model_mesh(model: ModelConfig, mesh: MeshSpec):
-    """Raise a ValueError unless the parameters of `model` can be divided over `mesh`."""
-    sizes = {"model.vocab_size": model.vocab_size, "model.width": model.width}
-    if model.moe:
-        sizes = {"model.moe.n_experts": model.moe.n_experts} | sizes
-        if extra := model.moe.n_redundant:
-            _check_divides(f"model.moe.n_redundant={extra}", extra, "ep", mesh.ep, mesh)
-        groups = model.moe.n_groups
-        if mesh.nodes > 1:
-            _check_divides(f"model.moe.n_groups={groups}", groups, "nodes", mesh.nodes, mesh)
-    for name, size in sizes.items():
-        _check_divides(f"{name}={size}", size, "ep", mesh.ep, mesh)
-
-
-def _check_divides(what: str, size: int, axis: str, shares: int, mesh: MeshSpec):
-    if size % shares:
-        fits = max(n for n in range(1, shares + 1) if size % n == 0)
-        raise ValueError(
-            f"mesh {mesh}: {what} cannot be divided over {axis}={shares}; nearest that work: "
-            f"{axis}={fits}, or {max(size // shares, 1) * shares} instead of {size}"
-        )

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 
-from dsv3_jax.config import Config, n_micro_batches, why_not
+from dsv3_jax.config import Config
 from dsv3_jax.costs import forward_flops
+from dsv3_jax.fit import n_micro_batches, why_not
 from sharding.mesh import MeshSpec
 from sharding.schedule import Costs, make
 from sharding.ticks import Table, lockstep, table_of

@@ -73,7 +73,12 @@ def turns(table: Table, sizes: list[int]) -> dict[str, np.ndarray]:
     """
     stages, q = table.stages, {name: table.field(name) for name in FIELDS}
     ranks = np.arange(stages.n_ranks)[None, :]
-    held = np.array([[sizes[stages.stage(r, c)] for c in range(stages.n_chunks)] for r in ranks[0]])
+    held = np.array(
+        [
+            [sizes[stages.stage(rank, chunk)] for chunk in range(stages.n_chunks)]
+            for rank in range(stages.n_ranks)
+        ]
+    )
     n_f = held[ranks, q["f_chunk"]] * q["f_on"]
     n_b = held[ranks, q["b_chunk"]] * q["b_on"]
     both = np.minimum(n_f, n_b) * q["fused"]

@@ -19,8 +19,8 @@ from dsv3_jax.config import (
     PrecisionConfig,
     TrainConfig,
     YarnConfig,
-    check_mesh,
 )
+from dsv3_jax.fit import check_mesh
 from dsv3_jax.overrides import differences, nearest, override, to_dict
 from sharding.mesh import parse_mesh
 

@@ -16,6 +16,7 @@ FLOORS = {
     "dsv3_jax.config": 1,
     "dsv3_jax.overrides": 1,
     "dsv3_jax.chips": 2,
+    "dsv3_jax.fit": 2,
     "dsv3_jax.numerics": 2,
     "dsv3_jax.layers": 3,
     "dsv3_jax.mtp": 4,

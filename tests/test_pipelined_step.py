@@ -10,7 +10,7 @@ import pytest
 from reference.small_step import config_of
 from reference.stages import batch_of, config_with, parameters, plain, run
 
-from dsv3_jax.config import check_mesh
+from dsv3_jax.fit import check_mesh
 from dsv3_jax.layers.linear import specs
 from dsv3_jax.losses import Batch
 from dsv3_jax.overrides import override

@@ -19,8 +19,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from configs import load_preset, preset_names
-from dsv3_jax.config import Config, check_mesh
+from dsv3_jax.config import Config
 from dsv3_jax.costs import activated_parameters, training_flops_per_token
+from dsv3_jax.fit import check_mesh
 from dsv3_jax.losses import Batch
 from dsv3_jax.model import count_parameters
 from dsv3_jax.numerics.policy import Policy

@@ -22,8 +22,9 @@ from pathlib import Path
 from configs import load_preset, preset_names
 from dsv3_jax import overrides
 from dsv3_jax.chips import CHIPS, GIB, H800, Chip, chip_named, chip_of, override
-from dsv3_jax.config import Config, check_mesh
+from dsv3_jax.config import Config
 from dsv3_jax.costs import activated_parameters, training_flops_per_token
+from dsv3_jax.fit import check_mesh
 from dsv3_jax.model import count_parameters
 from dsv3_jax.plan.memory import memory
 from dsv3_jax.plan.speed import EFFICIENCY, EXPOSED, speed

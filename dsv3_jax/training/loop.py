@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from dsv3_jax import data
 from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.chips import multiplies_fp8
-from dsv3_jax.config import Config, check_mesh, why_not
+from dsv3_jax.config import Config
 from dsv3_jax.costs import training_flops_per_token
+from dsv3_jax.fit import check_mesh, why_not
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer

@@ -19,7 +19,8 @@ import jax
 from jax.experimental import topologies
 
 from dsv3_jax.chips import Chip, chip_of
-from dsv3_jax.config import Config, check_mesh
+from dsv3_jax.config import Config
+from dsv3_jax.fit import check_mesh
 from dsv3_jax.training.step import lower_step
 from dsv3_jax.tunnel import gpu
 from sharding.mesh import MeshSpec, check_devices, make_mesh, parse_mesh

@@ -17,7 +17,7 @@ import safetensors.numpy
 from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.config import check_model_mesh
+from dsv3_jax.fit import check_model_mesh
 from dsv3_jax.hf_weights import SCALE, copies_in_mtp, to_official
 from dsv3_jax.numerics.blockscale import BLOCK, Scaled, dequantize
 from dsv3_jax.numerics.policy import Policy

@@ -11,7 +11,7 @@ import rich.console
 import rich.progress
 from jax.sharding import Mesh
 
-from dsv3_jax.config import check_model_mesh
+from dsv3_jax.fit import check_model_mesh
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.weights.sources import (

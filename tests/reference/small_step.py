@@ -22,8 +22,8 @@ from dsv3_jax.config import (
     ParallelConfig,
     PrecisionConfig,
     TrainConfig,
-    check_mesh,
 )
+from dsv3_jax.fit import check_mesh
 from dsv3_jax.losses import Batch
 from dsv3_jax.model import abstract_model
 from dsv3_jax.numerics.policy import Policy
