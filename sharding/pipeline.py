@@ -103,111 +103,157 @@ def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result
             the last layer of a stage is not looked at.
         micros: [M ...] input of every micro-batch, on all ranks.
     """
-    rank, most = lax.axis_index("pp"), max(sizes)
+    rank = lax.axis_index("pp")
     counts = (layers_of(table, sizes) < sum(sizes)).sum(-1)  # [ranks chunks]
+    at_all = frozenset(name for name, n in turns(table, sizes).items() if n.any())
     count = jnp.asarray(counts, jnp.int32)[rank]
-    rows = jnp.asarray(table.rows)[:, rank]
+    tick = _Tick(table, parts, weights, micros, count, max(sizes), at_all)
     shapes = _shapes(parts, _at(weights, 0), _at(micros, 0))
-    zeros = _zeros(shapes, table, jax.tree.leaves(weights)[0].shape[0], most)
-    splits, fuses = table.n_late > 0, bool(table.field("fused").any())
+    zeros = _zeros(shapes, table, jax.tree.leaves(weights)[0].shape[0], max(sizes))
+    c, _ = lax.scan(tick.run, zeros, jnp.asarray(table.rows)[:, rank])
+    return Result(c["total"], c["shared"], c["seen"], c["seen_last"])
 
-    def forward(i, q, x, kept, seen):
-        layer = q["f_chunk"] * most + i
-        y, saved, noticed = parts.forward(_at(weights, layer), x)
-        total = parts.join(_at(seen, layer), noticed)
-        return y, _put(kept, saved, q["f_kept"], i), _put(seen, total, layer)
 
-    def read(i, q, kept):
-        """What the last layer but i has kept, and all, to which may be written now."""
-        return lax.optimization_barrier((_at(kept, q["b_kept"], count[q["b_chunk"]] - 1 - i), kept))
+class _Tick(NamedTuple):
+    """One turn of the loop: `c` is what it carries (`_zeros`), `q` the numbers of a row."""
 
-    def backward(i, q, d_y, saved):
-        """Of the last layer but i."""
-        inner = count[q["b_chunk"]] - 1 - i
-        layer = q["b_chunk"] * most + inner
-        # Tied to the loop: what doesn't depend on it would be moved out, and run in every tick.
-        saved, layer = lax.optimization_barrier((saved, layer))
-        d_x, grads, late = parts.backward(_at(weights, layer), saved, d_y)
-        return d_x, grads, late, inner, layer
+    table: Table
+    parts: Parts
+    weights: PyTree
+    micros: PyTree
+    count: jax.Array  # layers of each chunk of this rank
+    most: int  # of any stage
+    at_all: frozenset[str]  # parts that any rank ever runs
 
-    def whole(i, q, d_y, kept, total):
-        """A backward with all of its gradients."""
-        d_x, grads, late, _, layer = backward(i, q, d_y, read(i, q, kept)[0])
-        return d_x, _add(_add(total, grads, layer), parts.late(late), layer)
-
-    def tick(carry, row):
-        q = dict(zip(FIELDS, row, strict=True))
-        c: dict = dict(carry)
-        f_micro, b_micro = _at(micros, q["f_micro"]), _at(micros, q["b_micro"])
-        n_f = jnp.where(q["f_on"] == 1, count[q["f_chunk"]], 0)
-        n_b = jnp.where(q["b_on"] == 1, count[q["b_chunk"]], 0)
-        n_whole = jnp.where(q["b_split"] == 1, 0, n_b)
-        (x,) = _branch(
-            "first",
-            (q["f_on"] == 1) & (q["f_first"] == 1),
-            lambda x: (parts.first(f_micro).astype(x.dtype),),
-            _at(c["x"], q["f_in"]),
-        )
-
-        def end(h, shared, seen):
-            d_h, grads, noticed = parts.last(h, b_micro)
-            return d_h.astype(x.dtype), _add(shared, grads), parts.join(seen, noticed)
-
-        ends = (q["b_on"] == 1) & (q["b_last"] == 1)
-        v = (_at(c["g"], q["b_in"]), c["shared"], c["seen_last"])
-        d_y, c["shared"], c["seen_last"] = _branch("last", ends, end, *v)
-        both = 0
-
-        if fuses:
-
-            def side_by_side(i, v):
-                x, d_y, kept, seen, total = v
-                saved, kept = read(i, q, kept)
-                d_y, grads, late, _, layer = backward(i, q, d_y, saved)
-                x, kept, seen = forward(i, q, x, kept, seen)
-                return x, d_y, kept, seen, _add(_add(total, grads, layer), parts.late(late), layer)
-
-            both = jnp.where(q["fused"] == 1, jnp.minimum(n_f, n_whole), 0)
-            v = (x, d_y, c["kept"], c["seen"], c["total"])
-            x, d_y, c["kept"], c["seen"], c["total"] = _loop("FB", 0, both, side_by_side, v)
-        v = (x, c["kept"], c["seen"])
-        x, c["kept"], c["seen"] = _loop("F", both, n_f, lambda i, v: forward(i, q, *v), v)
-        d_y, c["total"] = _loop(
-            "B", both, n_whole, lambda i, v: whole(i, q, v[0], c["kept"], v[1]), (d_y, c["total"])
-        )
-        if splits:
-
-            def inputs(i, v):
-                d_y, lates, total = v
-                d_x, grads, late, inner, layer = backward(i, q, d_y, read(i, q, c["kept"])[0])
-                return d_x, _put(lates, late, q["b_late"], inner), _add(total, grads, layer)
-
-            def weights_of(i, v):
-                late, layer = lax.optimization_barrier(
-                    (_at(c["late"], q["w_late"], i), q["w_chunk"] * most + i)
-                )
-                return _add(v, parts.late(late), layer)
-
-            n_x, v = n_b - n_whole, (d_y, c["late"], c["total"])
-            d_y, c["late"], c["total"] = _loop("X", 0, n_x, inputs, v)
-            n_w = jnp.where(q["w_on"] == 1, count[q["w_chunk"]], 0)
-            c["total"] = _loop("W", 0, n_w, weights_of, c["total"])
-
-        def begin(shared):
-            return (_add(shared, parts.first_backward(d_y, b_micro)),)
-
-        begins = (q["b_on"] == 1) & (q["b_first"] == 1)
-        (c["shared"],) = _branch("first_backward", begins, begin, c["shared"])
-        arrived = _exchange(table, x, d_y) | {"x_self": x, "g_self": d_y, "g_end": x}
-        for name, what in arrived.items():
-            if table.used(name):
-                scratch = c[name[0]].shape[0] - 1
-                place = jnp.where(q[name] < 0, scratch, q[name])
-                c[name[0]] = lax.dynamic_update_index_in_dim(c[name[0]], what, place, 0)
+    def run(self, carry: dict, row: jax.Array) -> tuple[dict, None]:
+        q, c = dict(zip(FIELDS, row, strict=True)), dict(carry)
+        begun = self.late_weights(c, q)
+        x, d_y = self.layers(c, q, self.first(c, q), self.last(c, q), begun)
+        self.first_backward(c, q, d_y)
+        self.send(c, q, x, d_y)
         return c, None
 
-    c, _ = lax.scan(tick, zeros, rows)
-    return Result(c["total"], c["shared"], c["seen"], c["seen_last"])
+    def late_weights(self, c: dict, q: dict) -> jax.Array:
+        """Runs W. Returns 0, but not before it is done: nothing else is to be sent before."""
+        if "W" not in self.at_all:
+            return jnp.int32(0)
+
+        def body(i, v):
+            total, done = v
+            layer = q["w_chunk"] * self.most + i
+            late, layer = lax.optimization_barrier((_at(c["late"], q["w_late"], i), layer))
+            return _add(total, self.parts.late(late), layer), done + 1
+
+        n = jnp.where(q["w_on"] == 1, self.count[q["w_chunk"]], 0)
+        c["total"], done = _loop("W", 0, n, body, (c["total"], jnp.int32(0)))
+        return done - n
+
+    def first(self, c: dict, q: dict) -> jax.Array:
+        """The input of F: what has arrived, or that of the first layer."""
+        micro = _at(self.micros, q["f_micro"])
+
+        def enter(x):
+            return (self.parts.first(micro).astype(x.dtype),)
+
+        enters = (q["f_on"] == 1) & (q["f_first"] == 1)
+        return _branch("first", enters, enter, _at(c["x"], q["f_in"]))[0]
+
+    def last(self, c: dict, q: dict) -> jax.Array:
+        """The gradient that B begins with: what has arrived, or that of the last layer's output."""
+        micro = _at(self.micros, q["b_micro"])
+
+        def turn(h, shared, seen):
+            d_h, grads, noticed = self.parts.last(h, micro)
+            return d_h.astype(h.dtype), _add(shared, grads), self.parts.join(seen, noticed)
+
+        turns_back = (q["b_on"] == 1) & (q["b_last"] == 1)
+        v = (_at(c["g"], q["b_in"]), c["shared"], c["seen_last"])
+        d_y, c["shared"], c["seen_last"] = _branch("last", turns_back, turn, *v)
+        return d_y
+
+    def layers(self, c: dict, q: dict, x, d_y, begun) -> tuple[jax.Array, jax.Array]:
+        """x through the layers of F and d_y back through those of B or X, side by side if so."""
+        n_f = jnp.where(q["f_on"] == 1, self.count[q["f_chunk"]], 0)
+        n_b = jnp.where(q["b_on"] == 1, self.count[q["b_chunk"]], 0)
+        n_whole = jnp.where(q["b_split"] == 1, 0, n_b)
+        both = begun
+
+        def side_by_side(i, v):
+            x, d_y, kept, seen, total = v
+            saved, kept = self.read(q, kept, i)
+            d_y, total = self.whole(q, saved, i, d_y, total)
+            x, kept, seen = self.forward(q, i, x, kept, seen)
+            return x, d_y, kept, seen, total
+
+        if "FB" in self.at_all:
+            both = begun + jnp.where(q["fused"] == 1, jnp.minimum(n_f, n_whole), 0)
+            v = (x, d_y, c["kept"], c["seen"], c["total"])
+            x, d_y, c["kept"], c["seen"], c["total"] = _loop("FB", begun, both, side_by_side, v)
+        v = (x, c["kept"], c["seen"])
+        x, c["kept"], c["seen"] = _loop("F", both, n_f, lambda i, v: self.forward(q, i, *v), v)
+        if "B" in self.at_all:
+            d_y, c["total"] = _loop(
+                "B",
+                both,
+                n_whole,
+                lambda i, v: self.whole(q, self.read(q, c["kept"], i)[0], i, *v),
+                (d_y, c["total"]),
+            )
+        if "X" in self.at_all:
+            v = (d_y, c["late"], c["total"])
+            d_y, c["late"], c["total"] = _loop(
+                "X", begun, n_b - n_whole, lambda i, v: self.inputs(q, c["kept"], i, *v), v
+            )
+        return x, d_y
+
+    def forward(self, q: dict, i, x, kept, seen):
+        layer = q["f_chunk"] * self.most + i
+        y, saved, noticed = self.parts.forward(_at(self.weights, layer), x)
+        total = self.parts.join(_at(seen, layer), noticed)
+        return y, _put(kept, saved, q["f_kept"], i), _put(seen, total, layer)
+
+    def read(self, q: dict, kept, i):
+        """What the last layer but i has kept, and all, to which may be written now."""
+        inner = self.count[q["b_chunk"]] - 1 - i
+        return lax.optimization_barrier((_at(kept, q["b_kept"], inner), kept))
+
+    def backward(self, q: dict, saved, i, d_y, total):
+        """Of the last layer but i: gradient of its input, `total` with those that come at once,
+        what those of its products need, number within its stage, and among the rank's layers."""
+        inner = self.count[q["b_chunk"]] - 1 - i
+        # Tied to the loop: what doesn't depend on it would be moved out, and run in every tick.
+        saved, layer = lax.optimization_barrier((saved, q["b_chunk"] * self.most + inner))
+        d_x, grads, late = self.parts.backward(_at(self.weights, layer), saved, d_y)
+        return d_x, _add(total, grads, layer), late, inner, layer
+
+    def whole(self, q: dict, saved, i, d_y, total):
+        """B: with all gradients of the weights."""
+        d_x, total, late, _, layer = self.backward(q, saved, i, d_y, total)
+        return d_x, _add(total, self.parts.late(late), layer)
+
+    def inputs(self, q: dict, kept, i, d_y, lates, total):
+        """X: those of products wait."""
+        saved, _ = self.read(q, kept, i)
+        d_x, total, late, inner, _ = self.backward(q, saved, i, d_y, total)
+        return d_x, _put(lates, late, q["b_late"], inner), total
+
+    def first_backward(self, c: dict, q: dict, d_x: jax.Array):
+        micro = _at(self.micros, q["b_micro"])
+
+        def leave(shared):
+            return (_add(shared, self.parts.first_backward(d_x, micro)),)
+
+        leaves = (q["b_on"] == 1) & (q["b_first"] == 1)
+        (c["shared"],) = _branch("first_backward", leaves, leave, c["shared"])
+
+    def send(self, c: dict, q: dict, x: jax.Array, d_y: jax.Array):
+        """Put what arrives at the end of the tick where it waits."""
+        arrived = _exchange(self.table, x, d_y) | {"x_self": x, "g_self": d_y, "g_end": x}
+        for name, what in arrived.items():
+            if self.table.used(name):
+                waiting = c[name[0]]
+                place = jnp.where(q[name] < 0, waiting.shape[0] - 1, q[name])
+                c[name[0]] = lax.dynamic_update_index_in_dim(waiting, what, place, 0)
 
 
 def _loop(name: str, start, stop, body: Callable, carry):
