@@ -140,9 +140,9 @@ class _Tick(NamedTuple):
 
         def body(i, v):
             total, done = v
-            layer = q["w_chunk"] * self.most + i
-            late, layer = lax.optimization_barrier((_at(c["late"], q["w_late"], i), layer))
-            return _add(total, self.parts.late(late), layer), done + 1
+            late = self.tied(_at(c["late"], q["w_late"], i), i)
+            grads = self.parts.late(late)
+            return _add(total, grads, q["w_chunk"] * self.most + i), done + 1
 
         n = jnp.where(q["w_on"] == 1, self.count[q["w_chunk"]], 0)
         c["total"], done = _loop("W", 0, n, body, (c["total"], jnp.int32(0)))
@@ -217,13 +217,22 @@ class _Tick(NamedTuple):
         inner = self.count[q["b_chunk"]] - 1 - i
         return lax.optimization_barrier((_at(kept, q["b_kept"], inner), kept))
 
+    def tied(self, tree, i):
+        """The same, but different in every turn of a loop, for all that a compiler knows.
+
+        Work that is the same in all turns is moved out of a loop, and would run in every tick. With
+        more than one layer in a stage, what is read differs from turn to turn.
+        """
+        if self.most > 1:
+            return tree
+        return jax.tree.map(lambda x: jnp.where(i < 0, jnp.zeros_like(x), x), tree)
+
     def backward(self, q: dict, saved, i, d_y, total):
         """Of the last layer but i: gradient of its input, `total` with those that come at once,
         what those of its products need, number within its stage, and among the rank's layers."""
         inner = self.count[q["b_chunk"]] - 1 - i
-        # Tied to the loop: what doesn't depend on it would be moved out, and run in every tick.
-        saved, layer = lax.optimization_barrier((saved, q["b_chunk"] * self.most + inner))
-        d_x, grads, late = self.parts.backward(_at(self.weights, layer), saved, d_y)
+        layer = q["b_chunk"] * self.most + inner
+        d_x, grads, late = self.parts.backward(_at(self.weights, layer), self.tied(saved, i), d_y)
         return d_x, _add(total, grads, layer), late, inner, layer
 
     def whole(self, q: dict, saved, i, d_y, total):

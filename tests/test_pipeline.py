@@ -206,23 +206,32 @@ def test_a_layer_must_keep_its_shape():
         jax.eval_shape(region(shard, mesh, (REPLICATED, REPLICATED), REPLICATED), layers, tokens(2))
 
 
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 6], [1, 1, 1, 1]])
 @pytest.mark.parametrize("name", ["zb1p", "dualpipe"])
-def test_idle_ranks_compute_nothing(name):
+def test_idle_ranks_compute_nothing(name, sizes):
     """In the optimized program all products stand in loops and branches of their own."""
-    n_micro, ranks = 8, 4
-    table = table_of(make(name, ranks, n_micro))
-    mesh = make_mesh(parse_mesh(f"pp{ranks}"), jax.devices()[:ranks])
-    lowered = jax.jit(functools.partial(step, table, [1] * 3 + [6], mesh)).lower(
-        *numbers(), tokens(n_micro)
-    )
-    text = lowered.compile(OPTIMIZED).as_text()
-    module = hlo.parse(text)
+    table, mesh = table_of(make(name, 4, 8)), make_mesh(parse_mesh("pp4"), jax.devices()[:4])
+    program = jax.jit(functools.partial(step, table, sizes, mesh))
+    module = hlo.parse(program.lower(*numbers(), tokens(8)).compile(OPTIMIZED).as_text())
     parts = pipeline.parts_of(module)
-    assert set(parts) == {name for name, n in turns(table, [1] * 3 + [6]).items() if n.any()}
-    ticks = next(c for c in module.computations.values() if parts["F"].name in c.by_name)
-    for computation in (ticks, module.computations[module.entry]):
-        products = [i.name for i in computation.instructions if i.opcode == "dot"]
-        assert not products, f"products outside of any part: {products}"
-    kinds = {name: part.opcode for name, part in parts.items()}
+    assert set(parts) == {part for part, n in turns(table, sizes).items() if n.any()}
     ends = ("first", "last", "first_backward")
-    assert all(kinds[name] == ("conditional" if name in ends else "while") for name in parts)
+    for part, instruction in parts.items():
+        assert instruction.opcode == ("conditional" if part in ends else "while"), part
+    found = [*where_products_run(module, module.entry, ())]
+    assert len(found) > 6
+    assert all(any(pipeline.NAME.search(name) for name in path) for path in found), found
+
+
+def where_products_run(module, computation: str, path: tuple):
+    """The op_names of all that encloses each product."""
+    for instruction in module.computations[computation].instructions:
+        if instruction.opcode == "dot":
+            yield path
+        inside = [*instruction.called]
+        if instruction.opcode == "while":
+            inside = [instruction.attribute("body").lstrip("%")]
+        elif instruction.opcode in ("call", "fusion"):
+            inside = [instruction.attribute("to_apply") or instruction.attribute("calls")]
+        for inner in inside:
+            yield from where_products_run(module, inner.lstrip("%"), (*path, instruction.op_name))
