@@ -1,6 +1,7 @@
 """DeepSeek-V3 as pre-trained: 61 layers, 256 experts, length 4096, 14.8T tokens (report sec. 4.2).
 
 python train.py --config=dsv3_671b --mesh=dp16,ep64 --set data.source=/data/*.jsonl
+python train.py --config=dsv3_671b --mesh=pp8,dp2,ep64 --set data.source=/data/*.jsonl
 """
 
 from dsv3_jax.config import (
@@ -10,6 +11,7 @@ from dsv3_jax.config import (
     ModelConfig,
     MoEConfig,
     ParallelConfig,
+    PipelineConfig,
     PrecisionConfig,
     TrainConfig,
 )
@@ -35,4 +37,5 @@ def get_config() -> Config:
         data=DataConfig(tokenizer="deepseek"),
         precision=PrecisionConfig(dispatch="fp8"),
         parallel=ParallelConfig(zero=3, remat="full", pieces=2),
+        pipeline=PipelineConfig(late=0),  # what W waits with takes 2.3 GB a layer and micro-batch
     )

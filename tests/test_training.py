@@ -117,6 +117,31 @@ def test_redundant_experts_change_no_result(tmp_path, programs):
         assert row["dropped_tokens"] == 0
 
 
+@pytest.mark.slow
+def test_stages_train_alike(tmp_path, programs):
+    """30 steps, and 30 of which half ran in stages: a checkpoint of the one is one of the other."""
+    stages, plain = "--mesh=pp2,ep2", "--mesh=dp2,ep2"
+    layers = ("model.n_layers=4",)
+    for name, steps, mesh in (
+        ("plain", 30, plain),
+        ("stages", 30, stages),
+        ("both", 15, stages),
+        ("both", 30, plain),
+    ):
+        run = [*command(tmp_path / name, steps, *layers), mesh]
+        out = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+        assert (mesh == stages) == ("pipeline: dualpipe" in out)
+    plain, *others = (rows_of(tmp_path / name) for name in ("plain", "stages", "both"))
+    for rows in others:
+        assert rows.keys() == plain.keys() and len(rows) == 30
+        for step, row in rows.items():
+            for name in ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens"):
+                np.testing.assert_allclose(row[name], plain[step][name], rtol=1e-4, err_msg=name)
+            assert row["dropped_tokens"] == 0
+    assert (tmp_path / "stages/plots/pipeline.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "plain/plots/pipeline.png").exists()
+
+
 ERRORS = [
     (["--config=tinny"], "did you mean 'tiny'"),
     (["--set", "optimizer.peek_lr=1"], "did you mean 'peak_lr'"),

@@ -136,3 +136,44 @@ def test_for_gpus():
     assert found["fits"] and found["complete"] and found["flops"] > 0
     row = found["collectives"]["all-to-all"]
     assert row["count"] == row["asynchronous"] > 0
+
+
+@functools.cache
+def stages_on_16() -> tuple[dict, str]:
+    """16 layers at full width in 4 stages, micro-batches enough for DualPipe."""
+    changes = ("train.batch=32", "model.n_layers=8", *(s for s in SMALL if "n_layers" not in s))
+    settings = [f"--set={assignment}" for assignment in changes]
+    return tunnel("dsv3_671b", "pp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
+
+
+def test_stages_hide_the_exchange_of_one_micro_batch_behind_the_other():
+    """Rows that a forward and a backward exchange, of which those alone have less beside them."""
+    found, _ = stages_on_16()
+    layers = found["layers"]
+    assert layers.keys() == {"forward beside backward", "forward", "backward"}
+    fused = layers["forward beside backward"]
+    assert fused["exposed_share"] < 0.3 < layers["forward"]["exposed_share"]
+    alone = layers["forward"]["seconds"] + layers["backward"]["seconds"]
+    assert fused["seconds"] < 0.93 * alone
+    assert fused["compute_seconds"] == pytest.approx(
+        sum(layers[way]["compute_seconds"] for way in ("forward", "backward")), rel=0.05
+    )
+
+
+def test_stages_copy_no_buffer_of_all_micro_batches():
+    """What is kept of 5 micro-batches for their backwards changes in place."""
+    found, text = stages_on_16()
+    kept = rf"bf16\[5,{max(found['pipeline']['stages'])},1,4096,7168\]"
+    assert re.search(kept, text)
+    assert not re.search(rf"= {kept}\S* copy\(", text)
+
+
+def test_time_of_a_step_in_stages():
+    found, _ = stages_on_16()
+    pipeline = found["pipeline"]
+    assert pipeline["schedule"] == "dualpipe" and sum(pipeline["stages"]) == 8
+    assert found["predicted_step_seconds"] == pipeline["step_seconds"]
+    assert 0 < pipeline["waiting_share"] < 0.6
+    turns, seconds = pipeline["turns_of_the_busiest_rank"], pipeline["seconds"]
+    assert turns.keys() == seconds.keys() == {"FB", "F", "B", "first", "last", "first_backward"}
+    assert pipeline["step_seconds"] > turns["FB"] * seconds["FB"]
