@@ -30,6 +30,7 @@ class Scaled(NamedTuple):
     scale: Array  # [... ceil(R/rows) ceil(D/cols)] float32
 
 
+@jax.named_scope("quantize")
 def quantize(
     x: Float[Array, "*B R D"],
     block: tuple[int, int],
@@ -46,6 +47,7 @@ def quantize(
     return Scaled(_codes(x, scale, block), scale)
 
 
+@jax.named_scope("quantize")
 def quantize_share(
     x: Float[Array, "*B r d"], start: tuple, whole: tuple[int, int], largest: Callable
 ) -> Scaled:
