@@ -1,20 +1,24 @@
-"""FP8 against bfloat16: what it does to the loss, and to layers with outliers.
+"""FP8 against bfloat16: what it does to the loss, to layers with outliers, and to time.
 
-    python benchmarks/fp8.py train                three seeds, both formats: hours of 2 cores
+    python benchmarks/fp8.py train                three seeds, three formats: hours of 2 cores
     python benchmarks/fp8.py train --plot-only    the table and picture of runs that are there
     python benchmarks/fp8.py scaling              error of a product by how scales are shared
+    python benchmarks/fp8.py cost                 quantisation in the compiled step of 671B
 
-`train` runs `train.py` on the instant corpus with the same text, order and seeds in both formats,
-and compares held-out losses, smoothed over steps. Runs lie in `--workdir`; the same command goes
-on where it was stopped. `scaling` multiplies activations of which a few channels are up to a
-million times as large as the others in FP8 with one scale a tensor, and with one a tile and block
-as here, and compares with the exact product.
+`train` runs `train.py` on the instant corpus with the same text, order and seeds in FP8, bfloat16
+and, to see what chance does, float32, and compares held-out losses, smoothed over steps. Runs lie
+in `--workdir`; the same command goes on where it was stopped. `cost` compiles the step for TPUs
+(dsv3_jax/tunnel) in both formats and adds up where quantisation stands by itself; what the compiler
+put into other work costs nothing more there. `scaling` multiplies activations of which a few
+channels are up to a million times as large as the others in FP8 with one scale a tensor, and with
+one a tile and block as here, and compares with the exact product.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -24,8 +28,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from configs import load_preset
 from dsv3_jax.numerics.blockscale import BLOCK, TILE, dequantize, quantize
+from dsv3_jax.overrides import override
 from dsv3_jax.training.plots import smoothed
+from dsv3_jax.tunnel import hlo
+from dsv3_jax.tunnel.compile import compile_step, target_of
+from dsv3_jax.tunnel.report import walk_of
+from sharding.mesh import parse_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (  # 10 million parameters
@@ -57,6 +67,8 @@ SETTINGS = (  # 10 million parameters
     "optimizer.tail_lr=1e-4",
     "checkpoint.every=500",
 )
+FORMATS = ("bfloat16", "fp8", "float32")
+STYLES = {"float32": ("-", "#999999"), "bfloat16": ("-", "#2563a8"), "fp8": ("--", "#d9822b")}
 SMOOTHED = 0.2  # share of the run that a smoothed loss is a mean over
 
 
@@ -77,29 +89,33 @@ def held_out(workdir: Path, precision: str, seed: int) -> tuple[np.ndarray, np.n
 
 
 def compare(workdir: Path, seeds: range, picture: Path):
-    table = Table(title="held-out loss, smoothed, at the end")
-    for column in ("seed", "bfloat16", "FP8", "difference"):
+    table = Table(title="held-out loss, smoothed, at the end; differences from bfloat16")
+    for column in ("seed", *FORMATS, "FP8", "float32"):
         table.add_column(column, justify="right")
     figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    differences = []
+    found: dict[str, list[np.ndarray]] = {"fp8": [], "float32": []}
     for seed in seeds:
-        (steps, wide), (_, narrow) = (
-            held_out(workdir, precision, seed) for precision in ("bfloat16", "fp8")
-        )
-        left.plot(steps, wide, color="#2563a8", alpha=0.8, label="bfloat16" if not seed else None)
-        left.plot(steps, narrow, "--", color="#d9822b", label=None if seed else "FP8")
-        smooth_wide, smooth_narrow = smoothed(wide, SMOOTHED), smoothed(narrow, SMOOTHED)
-        differences.append(smooth_narrow / smooth_wide - 1)
-        right.plot(steps, differences[-1], alpha=0.5, linewidth=1, label=f"seed {seed}")
-        ends = (smooth_wide[-1], smooth_narrow[-1])
-        table.add_row(str(seed), *(f"{x:.4f}" for x in ends), f"{differences[-1][-1]:+.2%}")
-    mean = np.mean(differences, axis=0)
-    right.plot(steps, mean, color="black", linewidth=2, label="mean")
+        losses = {name: held_out(workdir, name, seed) for name in FORMATS}
+        steps = losses["bfloat16"][0]
+        for name, (line, color) in STYLES.items():
+            label = None if seed else name
+            left.plot(steps, losses[name][1], line, color=color, alpha=0.8, label=label)
+        smooth = {name: smoothed(loss, SMOOTHED) for name, (_, loss) in losses.items()}
+        for name, differences in found.items():
+            differences.append(smooth[name] / smooth["bfloat16"] - 1)
+            line, color = STYLES[name]
+            right.plot(steps, differences[-1], line, color=color, alpha=0.35, linewidth=1)
+        ends = (f"{smooth[name][-1]:.4f}" for name in FORMATS)
+        table.add_row(str(seed), *ends, *(f"{x[-1][-1]:+.2%}" for x in found.values()))
+    for name, differences in found.items():
+        mean = np.mean(differences, axis=0)
+        line, color = STYLES[name]
+        right.plot(steps, mean, line, color=color, linewidth=2.2, label=f"{name}, mean")
     for sign in (-1, 1):
         right.axhline(sign * 0.0025, color="#666666", linestyle=":", linewidth=1)
     left.set(title="Held-out loss", xlabel="step", ylabel="nats a token")
-    right.set(title="FP8 over bfloat16, smoothed; dotted: 0.25 %", xlabel="step")
+    right.set(title="Over bfloat16, smoothed; thin: a seed; dotted: 0.25 %", xlabel="step")
     right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -107,7 +123,41 @@ def compare(workdir: Path, seeds: range, picture: Path):
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150)
     Console().print(table)
-    print(f"mean of {len(differences)} seeds: {mean[-1]:+.2%}; picture in {picture}")
+    means = {name: np.mean([x[-1] for x in differences]) for name, differences in found.items()}
+    between = np.mean([a[-1] - b[-1] for a, b in zip(*found.values(), strict=True)])
+    print(
+        f"mean of {len(seeds)} seeds: FP8 {means['fp8']:+.2%}, float32 {means['float32']:+.2%}, "
+        f"FP8 over float32 {between:+.2%}; picture in {picture}"
+    )
+
+
+def cost(mesh: str, topology: str):
+    """Seconds of the step of 671B in both formats, and of quantisation, by the tunnel's walk."""
+    table = Table(title=f"dsv3_671b, {mesh} on {topology}, a sequence a device, a step")
+    for column in ("precision", "step", "compute", "products", "quantisation", "share of step"):
+        table.add_column(column, justify="right")
+    for precision in ("bfloat16", "fp8"):
+        config = load_preset("dsv3_671b")
+        batch = f"train.batch={parse_mesh(mesh).data}"
+        for setting in (batch, f"precision={precision}", "precision.dispatch=fp8"):
+            config = override(config, setting)
+        target = target_of(config, mesh, topology)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            compilation = compile_step(config, target, folder, {}, to_schedule=True)
+            walk = walk_of(config, target, folder, compilation)
+            step, runs = walk.step(), hlo.runs(walk.module, dict(walk.trips))
+        seconds = 0.0
+        for computation, times in runs.items():
+            by_name = walk.module.computations[computation].by_name
+            for event in walk.computation(computation).events:
+                at_work = event.lane == "compute" and event.kind in ("memory", "product")
+                if at_work and "/quantize/" in by_name[event.name].op_name:
+                    seconds += times * (event.end - event.start)
+        figures = (step.makespan, step.compute, step.products, seconds)
+        share = f"{seconds / step.makespan:.1%}"
+        table.add_row(precision, *(f"{x:.3f} s" for x in figures), share)
+    Console().print(table)
 
 
 def scaling():
@@ -138,19 +188,24 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("train", "scaling"))
+    parser.add_argument("what", choices=("train", "scaling", "cost"))
     parser.add_argument("--workdir", type=Path, default=Path("runs/fp8"))
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "fp8.png")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
+    parser.add_argument("--mesh", default="dp16,ep64", help="for cost (default: dp16,ep64)")
+    parser.add_argument("--topology", default="tpu7x:8x8x8", help="for cost")
     arguments = parser.parse_args()
     if arguments.what == "scaling":
         scaling()
         return
+    if arguments.what == "cost":
+        cost(arguments.mesh, arguments.topology)
+        return
     seeds = range(arguments.seeds)
     for seed in seeds if not arguments.plot_only else ():
-        for precision in ("bfloat16", "fp8"):
+        for precision in FORMATS:
             run(arguments.workdir, precision, seed, arguments.steps)
     compare(arguments.workdir, seeds, arguments.picture)
 
