@@ -85,7 +85,7 @@ def test_outer_in_the_dtype_asked_for():
 def test_row_tiles_cover_every_row_once(case):
     n_rows, sizes = CASES[case]
     for tile in (16, 128):
-        found = grouped_matmul_gpu._row_tiles(jnp.asarray(sizes, jnp.int32), n_rows, tile)
+        found = grouped_matmul_gpu.row_tiles(jnp.asarray(sizes, jnp.int32), n_rows, tile)
         covered, n_tiles = np.full(n_rows, -1), 0
         for expert, start, stop in zip(*map(np.asarray, found), strict=True):
             rows = np.arange(start, min(start + tile, stop))

@@ -12,7 +12,7 @@ FP8, and its output computed again.
 Here stands the reference, which runs wherever there is no kernel: codes times scales in float32,
 then a float32 product, which differs in rounding alone. On TPUs the kernels of
 `numerics/kernels/` run (checked in interpret mode; compiled for tpu7x, which multiplies FP8, and
-for v5p, which emulates it).
+for v5p, which emulates it), on GPUs one for Fprop and Dgrad (the same, compiled for an H100).
 """
 
 import dataclasses
@@ -35,11 +35,13 @@ from dsv3_jax.numerics.blockscale import (
     quantize,
 )
 from dsv3_jax.numerics.grouped_matmul import outer, product
+from dsv3_jax.numerics.kernels import fp8_gpu, fp8_tpu
 from dsv3_jax.numerics.kernels.fp8_outer_tpu import grouped_scaled_outer, scaled_outer
-from dsv3_jax.numerics.kernels.fp8_tpu import grouped_scaled_matmul, scaled_matmul
 from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_tiles
 from dsv3_jax.numerics.swiglu import swiglu
 from dsv3_jax.shapes import Array, Float, Float32, Int
+
+KERNELS = {"tpu": fp8_tpu, "gpu": fp8_gpu, "cuda": fp8_gpu}  # of Fprop and Dgrad
 
 
 @jax.tree_util.register_static
@@ -187,10 +189,11 @@ def _named(tiles: Scaled, name: str | None) -> Scaled:
 def _times(x: Scaled, w: Fp8Weight, sizes, dtype, transposed: bool = False):
     if w.codes.values.dtype != E4M3:
         raise TypeError(f"a weight in FP8 has {E4M3.name} codes, not {w.codes.values.dtype}")
-    if w.platform == "tpu" and sizes is None:
-        return scaled_matmul(x, w.codes, dtype, transposed)
-    if w.platform == "tpu":
-        return grouped_scaled_matmul(x, w.codes, sizes, dtype, transposed)
+    kernels = KERNELS.get(w.platform)
+    if kernels and sizes is None:
+        return kernels.scaled_matmul(x, w.codes, dtype, transposed)
+    if kernels:
+        return kernels.grouped_scaled_matmul(x, w.codes, sizes, dtype, transposed)
     x, w, platform = dequantize(x, TILE), w.wide(jnp.float32), w.platform
     if sizes is not None:
         return product(x, w, sizes, platform, transposed).astype(dtype)

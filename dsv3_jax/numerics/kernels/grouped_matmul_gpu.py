@@ -63,15 +63,15 @@ def grouped_product(
     if summed != width:
         raise ValueError(f"weights of width {summed} don't meet rows of width {width}")
     tiles = _tiles(rows.dtype, n_rows // n_groups)
-    row_tiles = _row_tiles(sizes, n_rows, tiles.rows)
+    found = row_tiles(sizes, n_rows, tiles.rows)
     return pl.pallas_call(
         functools.partial(_product_kernel, tiles=tiles, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((n_rows, columns), rows.dtype),
-        grid=(BAND, pl.cdiv(columns, tiles.columns), row_tiles.start.size // BAND),
+        grid=(BAND, pl.cdiv(columns, tiles.columns), found.start.size // BAND),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="grouped_product",
-    )(*row_tiles, rows, weights)
+    )(*found, rows, weights)
 
 
 def grouped_outer(
@@ -111,7 +111,7 @@ def _tiles(dtype: jnp.dtype, n_rows: int) -> _Tiles:
     return _Tiles(rows, 256, 64, 8, 3) if rows == 128 else _Tiles(rows, 128, 64, 4, 4)
 
 
-def _row_tiles(sizes: Int[Array, " e"], n_rows: int, tile: int) -> _RowTiles:
+def row_tiles(sizes: Int[Array, " e"], n_rows: int, tile: int) -> _RowTiles:
     """Of all groups in turn, then those too many, which lie behind the last group."""
     sizes = sizes.astype(jnp.int32)
     n_tiles = -(-sizes // tile)
@@ -134,20 +134,20 @@ def _product_kernel(
 
     def add(k, total):
         k = k * tiles.step
-        x = _load(rows_ref, (), (start, k), (tiles.rows, tiles.step), (stop, width))
+        x = load(rows_ref, (), (start, k), (tiles.rows, tiles.step), (stop, width))
         if transposed:
             shape, limits = (tiles.columns, tiles.step), (n_columns, width)
-            w = _load(weights_ref, (expert,), (column, k), shape, limits)
+            w = load(weights_ref, (expert,), (column, k), shape, limits)
         else:
             shape, limits = (tiles.step, tiles.columns), (width, n_columns)
-            w = _load(weights_ref, (expert,), (k, column), shape, limits)
+            w = load(weights_ref, (expert,), (k, column), shape, limits)
         return total + triton.dot(x, w, trans_b=transposed)
 
     @pl.when(start < stop)
     def _():
         total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
         total = lax.fori_loop(0, pl.cdiv(width, tiles.step), add, total)
-        _store(out_ref, (), (start, column), total, (stop, n_columns))
+        store(out_ref, (), (start, column), total, (stop, n_columns))
 
 
 def _outer_kernel(start_ref, stop_ref, rows_ref, grad_ref, out_ref, *, tiles):
@@ -159,16 +159,16 @@ def _outer_kernel(start_ref, stop_ref, rows_ref, grad_ref, out_ref, *, tiles):
 
     def add(k, total):
         k = start + k * tiles.step
-        x = _load(rows_ref, (), (k, row), (tiles.step, tiles.rows), (stop, width))
-        g = _load(grad_ref, (), (k, column), (tiles.step, tiles.columns), (stop, n_columns))
+        x = load(rows_ref, (), (k, row), (tiles.step, tiles.rows), (stop, width))
+        g = load(grad_ref, (), (k, column), (tiles.step, tiles.columns), (stop, n_columns))
         return total + triton.dot(x, g, trans_a=True)
 
     total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
     total = lax.fori_loop(0, pl.cdiv(stop - start, tiles.step), add, total)
-    _store(out_ref, (expert,), (row, column), total, (width, n_columns))
+    store(out_ref, (expert,), (row, column), total, (width, n_columns))
 
 
-def _load(ref, matrix, starts, shape, limits):
+def load(ref, matrix, starts, shape, limits):
     """The tile at `starts` of a matrix, 0 from `limits` on."""
     where = tuple(pl.ds(start, size) for start, size in zip(starts, shape, strict=True))
     mask = _mask(starts, shape, limits)
@@ -176,7 +176,7 @@ def _load(ref, matrix, starts, shape, limits):
     return triton.load(ref.at[(*matrix, *where)], mask=mask, other=other)
 
 
-def _store(ref, matrix, starts, value, limits):
+def store(ref, matrix, starts, value, limits):
     """Write the tile at `starts` of a matrix, as far as it lies before `limits`."""
     where = tuple(pl.ds(start, size) for start, size in zip(starts, value.shape, strict=True))
     mask = _mask(starts, value.shape, limits)
