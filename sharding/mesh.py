@@ -206,6 +206,30 @@ BATCH = PartitionSpec(DATA_AXES)
 REPLICATED = PartitionSpec()
 
 
+def share_of_process(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of a batch the devices of this process hold.
+
+    Processes whose devices differ in their pipeline stage alone hold the same part.
+
+    Raises:
+        ValueError: they hold rows that are not one of equal parts.
+    """
+    n = spec_of(mesh).data
+    found = NamedSharding(mesh, BATCH).addressable_devices_indices_map((n,)).values()
+    return part_of({place for (rows,) in found for place in range(*rows.indices(n))}, n)
+
+
+def part_of(held: set[int], n: int) -> tuple[int, int]:
+    """Which of how many equal parts of 0 .. n - 1 these numbers are, or a ValueError."""
+    first, size = min(held), len(held)
+    if held != set(range(first, first + size)) or n % size or first % size:
+        raise ValueError(
+            f"this process's devices hold the shares {sorted(held)} of {n} of a batch, which are "
+            f"not one of equal parts; put the hosts of a mesh in another order"
+        )
+    return first // size, n // size
+
+
 def data_sum(x):
     """Sum over all shares of the batch."""
     return jax.lax.psum(x, DATA_AXES)

@@ -23,8 +23,11 @@ from sharding.mesh import (
     data_sum,
     make_mesh,
     parse_mesh,
+    part_of,
     region,
+    share_of_process,
     spec_of,
+    without_stages,
 )
 
 GOOD = {
@@ -229,6 +232,32 @@ def test_dense_model_needs_no_experts():
     check_mesh(changed(model=dense), parse_mesh("ep32"))
 
 
-def test_pipeline_is_not_built_yet():
-    with pytest.raises(NotImplementedError, match=r"pp=2 .*--mesh=dp8,ep2 "):
-        check_mesh(load_preset("tiny"), parse_mesh("pp2,dp4,ep2"))
+@pytest.mark.parametrize(
+    "text, n_processes, process, wanted",
+    [
+        ("dp4,ep2", 1, 0, (0, 1)),
+        ("dp4,ep2", 4, 2, (2, 4)),
+        ("pp2,dp2,ep2", 2, 1, (0, 1)),  # a stage each: the same rows
+        ("pp2,dp2,ep2", 4, 3, (1, 2)),
+        ("pp4,ep2", 8, 5, (1, 2)),
+    ],
+)
+def test_rows_of_a_process(text, n_processes, process, wanted):
+    """By where its devices lie, in the order of the mesh."""
+    spec = parse_mesh(text)
+    per_process = spec.n_devices // n_processes
+    mine = range(process * per_process, (process + 1) * per_process)
+    assert part_of({device % spec.data for device in mine}, spec.data) == wanted
+
+
+@pytest.mark.parametrize("held, n", [({0, 2}, 4), ({1, 2}, 4), ({0, 1, 2}, 4)])
+def test_rows_that_are_no_equal_part_are_refused(held, n):
+    with pytest.raises(ValueError, match="not one of equal parts"):
+        part_of(held, n)
+
+
+@pytest.mark.parametrize("text", ["dp4,ep2", "pp2,dp2,ep2"])
+def test_one_process_reads_all_rows(text):
+    mesh = make_mesh(parse_mesh(text))
+    assert share_of_process(mesh) == share_of_process(without_stages(mesh)) == (0, 1)
+    assert list(without_stages(mesh).devices.flat) == list(mesh.devices.flat)

@@ -148,7 +148,7 @@ ERRORS = [
     (["--mesh=dp4,xp8"], "'xp8' is not understood"),
     (["--mesh=dp3,ep8"], "train.batch=32 sequences cannot be divided over dp * ep=24"),
     (["--mesh=ep32"], "model.moe.n_experts=16 cannot be divided over ep=32"),
-    (["--mesh=pp2,ep8", "--set", "pipeline.schedule=dualpipev"], "train.batch=32 works"),
+    (["--mesh=pp4,ep8", "--set", "pipeline.schedule=dualpipe"], "train.batch=64 works"),
     (["--set", "data.source=/no/such/text"], "/no/such/text"),
     (["--set", "parallel.transport=ragged"], "no ragged all-to-all for CPUs"),
     (["--mesh=ep8", "--set", "model.moe.n_redundant=6"], "model.moe.n_redundant=6 cannot be"),

@@ -146,6 +146,7 @@ def stages_on_16() -> tuple[dict, str]:
     return tunnel("dsv3_671b", "pp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
 
 
+@pytest.mark.slow
 def test_stages_hide_the_exchange_of_one_micro_batch_behind_the_other():
     """Rows that a forward and a backward exchange, of which those alone have less beside them."""
     found, _ = stages_on_16()
@@ -160,6 +161,7 @@ def test_stages_hide_the_exchange_of_one_micro_batch_behind_the_other():
     )
 
 
+@pytest.mark.slow
 def test_stages_copy_no_buffer_of_all_micro_batches():
     """What is kept of 5 micro-batches for their backwards changes in place."""
     found, text = stages_on_16()
@@ -168,6 +170,7 @@ def test_stages_copy_no_buffer_of_all_micro_batches():
     assert not re.search(rf"= {kept}\S* copy\(", text)
 
 
+@pytest.mark.slow
 def test_time_of_a_step_in_stages():
     found, _ = stages_on_16()
     pipeline = found["pipeline"]

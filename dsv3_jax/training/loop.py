@@ -39,7 +39,14 @@ from dsv3_jax.training.state import (
 )
 from dsv3_jax.training.step import Metrics, make_step
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import BATCH, MeshSpec, make_mesh, spec_of, without_stages
+from sharding.mesh import (
+    BATCH,
+    MeshSpec,
+    make_mesh,
+    share_of_process,
+    spec_of,
+    without_stages,
+)
 
 # Fields that may differ from those a workdir was begun with: they don't change what is learned.
 FREE = (
@@ -94,11 +101,8 @@ class Run:
             config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
         )
         self.corpus.tokenizer.save(workdir / "tokenizer.json")
-        process = (jax.process_index(), jax.process_count())
-        self.loader = data.Loader(self.corpus.train, train.batch, train.seed, process)
-        self.held_out = data.eval_batches(
-            self.corpus.held_out, train.batch, train.eval_batches, process
-        )
+        share = share_of_process(self.mesh)
+        self.loader = data.Loader(self.corpus.train, train.batch, train.seed, share)
         self.tokens_per_step = train.batch * train.seq_len
         policy = Policy.of(config.precision)
         optimizer = make_optimizer(config.optimizer, policy, self.tokens_per_step)
@@ -110,6 +114,12 @@ class Run:
             self.flat_mesh = without_stages(self.mesh)
             flat = layout_of(config, spec_of(self.flat_mesh))
             self.flat_layout = dataclasses.replace(flat, zero=3)
+        self.held_out = data.eval_batches(
+            self.corpus.held_out,
+            train.batch,
+            train.eval_batches,
+            share_of_process(self.flat_mesh),
+        )
         how = (config, self.flat_mesh, self.flat_layout)
         self.evaluation = make_evaluation(*how)
         self.fp8_stats = make_fp8_stats(*how) if config.fp8_stats else None
@@ -187,7 +197,7 @@ class Run:
         """Rows on the devices, with rows without targets where they cannot be shared out evenly."""
         sharding = NamedSharding(mesh, BATCH)
         tokens = rows["tokens"]
-        more = -len(tokens) % max(spec_of(mesh).data // jax.process_count(), 1)
+        more = -len(tokens) % (spec_of(mesh).data // share_of_process(mesh)[1])
         mask = np.pad(np.ones(tokens.shape, bool), ((0, more), (0, 0)))
         both = (np.pad(tokens, ((0, more), (0, 0))), mask)
         return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in both))
