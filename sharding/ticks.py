@@ -7,6 +7,7 @@ the loop (`sharding/pipeline.py`) only reads them; `check` replays a table and r
 wrong.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -165,79 +166,99 @@ def check(table: Table):
         ValueError: a micro-batch that does not pass every stage once both ways, or a place that is
             read before it is written, or written while it is wanted. Tick and rank are named.
     """
-    stages, n_micro = table.stages, table.schedule.n_micro
-    done: dict[tuple, int] = {}
-    sizes = {"x": table.n_x, "g": table.n_g, "kept": table.n_kept, "late": table.n_late}
-    full = [{kind: [None] * n for kind, n in sizes.items()} for _ in range(stages.n_ranks)]
+    replay = _Replay(table)
+    for tick, ranks in enumerate(table.rows.tolist()):
+        rows = [dict(zip(FIELDS, row, strict=True)) for row in ranks]
+        sent = [replay.work((tick, rank), q) for rank, q in enumerate(rows)]
+        for rank, q in enumerate(rows):
+            replay.arrive((tick, rank), q, sent)
+    _check_complete(table, replay.done, table.schedule.n_micro)
 
-    def fail(tick: int, rank: int, what: str):
-        raise ValueError(f"{table.schedule.name}, tick {tick}, rank {rank}: {what}")
 
-    def take(tick: int, rank: int, kind: str, place: int, wanted: tuple):
-        places = full[rank][kind]
+class _Replay:
+    """What lies in the places of every rank: (stage, chunk, micro-batch), or None."""
+
+    def __init__(self, table: Table):
+        self.stages, self.name = table.stages, table.schedule.name
+        sizes = {"x": table.n_x, "g": table.n_g, "kept": table.n_kept, "late": table.n_late}
+        self.full = [
+            {kind: [None] * n for kind, n in sizes.items()} for _ in range(self.stages.n_ranks)
+        ]
+        self.done: collections.Counter = collections.Counter()  # of (step, stage, micro-batch)
+
+    def expect(self, at: tuple, right, what):
+        if not right:
+            tick, rank = at
+            raise ValueError(f"{self.name}, tick {tick}, rank {rank}: {what}")
+
+    def take(self, at: tuple, kind, place, wanted):
+        places = self.full[at[1]][kind]
         found = places[place] if 0 <= place < len(places) else None
-        if found != wanted:
-            fail(tick, rank, f"{kind} place {place} holds {found}, not {wanted}")
+        self.expect(at, found == wanted, f"{kind} place {place} holds {found}, not {wanted}")
         places[place] = None
 
-    def put(tick: int, rank: int, kind: str, place: int, what: tuple):
-        places = full[rank][kind]
-        if not 0 <= place < len(places) or places[place] is not None:
-            fail(tick, rank, f"{kind} place {place} is not free for {what}")
+    def put(self, at: tuple, kind, place, what):
+        places = self.full[at[1]][kind]
+        free = 0 <= place < len(places) and places[place] is None
+        self.expect(at, free, f"{kind} place {place} is not free for {what}")
         places[place] = what
 
-    def work(tick: int, rank: int, q: dict[str, int]) -> dict[str, tuple | None]:
-        """What a rank has to send after its tick."""
-        sent: dict[str, tuple | None] = {"x": None, "g": None, "end": None}
-        f, b = (q["f_chunk"], q["f_micro"]), (q["b_chunk"], q["b_micro"])
+    def work(self, at: tuple, q: dict):
+        """Do what a row says; returns what the rank has to send after the tick."""
+        sent = dict.fromkeys(("x", "g", "end"))
         if q["f_on"]:
-            stage = stages.stage(rank, f[0])
-            if q["f_first"] != (stage == 0):
-                fail(tick, rank, f"stage {stage} has f_first={q['f_first']}")
-            if stage:
-                take(tick, rank, "x", q["f_in"], (stage, *f))
-            put(tick, rank, "kept", q["f_kept"], (stage, *f))
-            last = stage == stages.n_stages - 1
-            sent["end" if last else "x"] = (stage if last else stage + 1, *f)
-            done["F", stage, f[1]] = done.get(("F", stage, f[1]), 0) + 1
+            self.forward(at, q, sent)
         if q["b_on"]:
-            stage = stages.stage(rank, b[0])
-            take(tick, rank, "g", q["b_in"], (stage, *b))
-            take(tick, rank, "kept", q["b_kept"], (stage, *b))
-            if (q["b_first"], q["b_last"]) != (stage == 0, stage == stages.n_stages - 1):
-                fail(tick, rank, f"stage {stage} has b_first, b_last = {q['b_first'], q['b_last']}")
-            sent["g"] = (stage - 1, *b) if stage else None
-            if q["b_split"]:
-                put(tick, rank, "late", q["b_late"], (stage, b[0]))
-            else:
-                done["W", stage, b[1]] = done.get(("W", stage, b[1]), 0) + 1
-            done["B", stage, b[1]] = done.get(("B", stage, b[1]), 0) + 1
+            self.backward(at, q, sent)
         if q["w_on"]:
-            stage = stages.stage(rank, q["w_chunk"])
-            take(tick, rank, "late", q["w_late"], (stage, q["w_chunk"]))
-            done["W", stage, None] = done.get(("W", stage, None), 0) + 1
+            stage = self.stages.stage(at[1], q["w_chunk"])
+            self.take(at, "late", q["w_late"], (stage, q["w_chunk"]))
+            self.done["W", stage] += 1
         return sent
 
-    for tick, ranks in enumerate(table.rows):
-        rows = [dict(zip(FIELDS, map(int, row), strict=True)) for row in ranks]
-        sent = [work(tick, rank, q) for rank, q in enumerate(rows)]
-        nothing: dict[str, tuple | None] = {"x": None, "g": None, "end": None}
-        for rank, q in enumerate(rows):
-            down = sent[rank - 1] if rank else nothing
-            up = sent[rank + 1] if rank + 1 < stages.n_ranks else nothing
-            for kind in ("x", "g"):
-                for way, source in (("down", down), ("up", up), ("self", sent[rank])):
-                    arrives, place = source[kind], q[f"{kind}_{way}"]
-                    wanted = arrives is not None and _belongs(stages, rank, arrives)
-                    if (place >= 0) != wanted:
-                        fail(tick, rank, f"{kind}_{way}={place}, but {arrives or 'nothing'} comes")
-                    if wanted:
-                        put(tick, rank, kind, place, _seen(stages, rank, arrives))
-            if (q["g_end"] >= 0) != (sent[rank]["end"] is not None):
-                fail(tick, rank, f"g_end={q['g_end']}")
-            if sent[rank]["end"] is not None:
-                put(tick, rank, "g", q["g_end"], sent[rank]["end"])
-    _check_complete(table, done, n_micro)
+    def forward(self, at: tuple, q: dict, sent: dict):
+        chunk, micro = q["f_chunk"], q["f_micro"]
+        stage = self.stages.stage(at[1], chunk)
+        self.expect(at, q["f_first"] == (stage == 0), f"stage {stage}, f_first={q['f_first']}")
+        if stage:
+            self.take(at, "x", q["f_in"], (stage, chunk, micro))
+        self.put(at, "kept", q["f_kept"], (stage, chunk, micro))
+        last = stage == self.stages.n_stages - 1
+        sent["end" if last else "x"] = (stage if last else stage + 1, chunk, micro)
+        self.done["F", stage, micro] += 1
+
+    def backward(self, at: tuple, q: dict, sent: dict):
+        chunk, micro = q["b_chunk"], q["b_micro"]
+        stage = self.stages.stage(at[1], chunk)
+        ends = (q["b_first"], q["b_last"])
+        right = (stage == 0, stage == self.stages.n_stages - 1)
+        self.expect(at, ends == right, f"stage {stage} has b_first, b_last = {ends}")
+        self.take(at, "g", q["b_in"], (stage, chunk, micro))
+        self.take(at, "kept", q["b_kept"], (stage, chunk, micro))
+        sent["g"] = (stage - 1, chunk, micro) if stage else None
+        self.done["B", stage, micro] += 1
+        if q["b_split"]:
+            self.put(at, "late", q["b_late"], (stage, chunk))
+        else:
+            self.done["W", stage] += 1
+
+    def arrive(self, at: tuple, q: dict, sent: list):
+        """Put what the rank, and those before and after it, have sent where the row says."""
+        rank = at[1]
+        sources = {"down": rank - 1, "up": rank + 1, "self": rank}
+        for kind in ("x", "g"):
+            for way, source in sources.items():
+                arrives = sent[source][kind] if 0 <= source < len(sent) else None
+                wanted = arrives is not None and _belongs(self.stages, rank, arrives)
+                place = q[f"{kind}_{way}"]
+                comes = arrives or "nothing"
+                self.expect(at, (place >= 0) == wanted, f"{kind}_{way}={place}; {comes} comes")
+                if wanted:
+                    self.put(at, kind, place, _seen(self.stages, arrives))
+        end = sent[rank]["end"]
+        self.expect(at, (q["g_end"] >= 0) == (end is not None), f"g_end={q['g_end']}")
+        if end is not None:
+            self.put(at, "g", q["g_end"], end)
 
 
 def _belongs(stages: Stages, rank: int, what: tuple) -> bool:
@@ -248,7 +269,7 @@ def _belongs(stages: Stages, rank: int, what: tuple) -> bool:
     )
 
 
-def _seen(stages: Stages, rank: int, what: tuple) -> tuple:
+def _seen(stages: Stages, what: tuple) -> tuple:
     """A message as its receiver names it: in a V the chunk changes at the turn."""
     stage, chunk, micro = what
     if stages.shape == "v":
@@ -256,18 +277,17 @@ def _seen(stages: Stages, rank: int, what: tuple) -> tuple:
     return stage, chunk, micro
 
 
-def _check_complete(table: Table, done: dict[tuple, int], n_micro: int):
+def _check_complete(table: Table, done: collections.Counter, n_micro: int):
     """Every micro-batch went through every stage both ways, once, and every W was done."""
     name = table.schedule.name
     for stage in range(table.stages.n_stages):
-        for micro in range(n_micro):
-            for step in "FB":
-                if (count := done.get((step, stage, micro), 0)) != 1:
+        for step in "FB":
+            for micro in range(n_micro):
+                if (count := done[step, stage, micro]) != 1:
                     raise ValueError(
-                        f"{name}: {step} of micro-batch {micro}, stage {stage}: {count}"
+                        f"{name}: {step} of {micro} in stage {stage} runs {count} times"
                     )
-        now = sum(done.get(("W", stage, micro), 0) for micro in range(n_micro))
-        if (count := now + done.get(("W", stage, None), 0)) != n_micro:
+        if (count := done["W", stage]) != n_micro:
             raise ValueError(f"{name}: W of stage {stage} ran {count} times, not {n_micro}")
 
 

@@ -9,6 +9,7 @@ embedding and head, which both use, are one parameter with one gradient.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     places = tuple(map(tuple, places.reshape(len(places), -1).tolist()))
     model = abstract_model(config.model, policy)
     layer_graph = nnx.graphdef(model.moe)
-    _, params, bias, _ = parts_of(model)
+    _, params, *_ = parts_of(model)
     model.moe = None
     ends_graph, *_ = parts_of(model)
     stored = specs(params, layout)
@@ -62,54 +63,33 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     def shard(params, bias, batch: Batch, weight, _):
         in_use = in_fp8(params, layout) if policy.fp8 else params
         stack = to_stages(nnx.State(in_use["moe"]), layout, policy.compute, places)
-        ends = nnx.State({name: part for name, part in in_use.items() if name != "moe"})
-        ends = assemble(ends, layout, policy.compute)
-        end_bias = nnx.State({name: part for name, part in bias.items() if name != "moe"})
-        micros = jax.tree.map(lambda x: rearrange(x, "(m b) w -> m b w", b=micro), batch)
+        stage_bias = jax.tree.map(lambda x: of_rank(x, places), nnx.State(bias["moe"]))
         n_rows = batch.tokens.shape[0] * layout.mesh.data
         counts = target_counts(batch, config.model.mtp_depth, layout)
-
-        def begin(slots, tokens: Batch):
-            model = nnx.merge(ends_graph, with_landings(ends, slots), end_bias)
-            inputs = inputs_of(tokens, config.model.mtp_depth)
-            return model.prefix(inputs, layout, config.parallel.remat)
-
-        def end(slots, x, tokens: Batch):
-            model = nnx.merge(ends_graph, with_landings(ends, slots), end_bias)
-            how = (tokens, counts, layout, config.parallel.remat)
-            main, mtp, stats = output_losses(model, model.norm(x), *how)
-            balance = jnp.zeros(()) if stats is None else stats.balance.sum()
-            total = losses_of(main, mtp, balance, n_rows, config.losses, weight).total
-            return total, (main, mtp, stats)
-
-        def last(x, tokens: Batch):
-            (d_slots, d_x), seen = jax.grad(end, (0, 1), has_aux=True)(landings(ends), x, tokens)
-            return d_x, _named(d_slots), seen
-
-        def first_backward(d_x, tokens: Batch) -> Gradients:
-            _, pull = jax.vjp(lambda slots: begin(slots, tokens), landings(ends))
-            return _named(pull(d_x)[0])
-
+        weights = assemble(without_layers(in_use), layout, policy.compute)
+        ends = _Ends(
+            config, layout, ends_graph, weights, without_layers(bias), counts, n_rows, weight
+        )
         length = batch.tokens.shape[1] - 1 - config.model.mtp_depth
-        tokens = jax.ShapeDtypeStruct((micro, length), jnp.int32)
-        stage_bias = jax.tree.map(lambda x: of_rank(x, places), nnx.State(bias["moe"]))
+        positions = positions_of(jnp.zeros((micro, length), jnp.int32))
         d_balance = config.losses.balance_weight / n_rows
-        layer = _Layer(layer_graph, layout, config.parallel.remat, tokens, d_balance)
+        layer = _Layer(layer_graph, layout, config.parallel.remat, positions, d_balance)
         parts = Parts(
-            first=lambda tokens: begin(landings(ends), tokens),
+            first=ends.first,
             forward=layer.forward,
-            last=last,
+            last=ends.last,
             backward=layer.backward,
             late=layer.late,
-            first_backward=first_backward,
+            first_backward=ends.first_backward,
             join=_join,
         )
+        micros = jax.tree.map(lambda x: rearrange(x, "(m b) w -> m b w", b=micro), batch)
         found = run(pipeline.table, pipeline.sizes, parts, (stack, stage_bias), micros)
 
         def home(path: str, x: jax.Array, variable: nnx.Param) -> jax.Array:
             about = (variable.names, variable.sizes)
-            stage, _, inner = path.partition(".")
-            if stage == "moe":
+            part, _, inner = path.partition(".")
+            if part == "moe":
                 grad = layout.from_stages(found.gradients[inner], x, *about, places)
             else:
                 grad = layout.scatter(found.shared[path], x, *about)
@@ -128,6 +108,51 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     )
 
 
+def without_layers(state: nnx.State) -> nnx.State:
+    """All but what lies in stages."""
+    return nnx.State({name: part for name, part in state.items() if name != "moe"})
+
+
+class _Ends(NamedTuple):
+    """What comes before the first MoE layer and after the last, forwards and backwards."""
+
+    config: Config
+    layout: Layout
+    graph: nnx.GraphDef
+    weights: nnx.State  # in use
+    bias: nnx.State
+    counts: jax.Array  # of targets, `target_counts`
+    n_rows: int  # sequences of the global batch
+    mtp_weight: jax.Array
+
+    def _model(self, slots: nnx.State):
+        return nnx.merge(self.graph, with_landings(self.weights, slots), self.bias)
+
+    def _prefix(self, slots: nnx.State, micro: Batch):
+        tokens = inputs_of(micro, self.config.model.mtp_depth)
+        return self._model(slots).prefix(tokens, self.layout, self.config.parallel.remat)
+
+    def _total(self, slots: nnx.State, x: jax.Array, micro: Batch):
+        """A micro-batch's part of the weighted sum of all losses; and losses and statistics."""
+        model, how = self._model(slots), (self.layout, self.config.parallel.remat)
+        main, mtp, stats = output_losses(model, model.norm(x), micro, self.counts, *how)
+        balance = jnp.zeros(()) if stats is None else stats.balance.sum()
+        weights = (self.config.losses, self.mtp_weight)
+        return losses_of(main, mtp, balance, self.n_rows, *weights).total, (main, mtp, stats)
+
+    def first(self, micro: Batch) -> jax.Array:
+        return self._prefix(landings(self.weights), micro)
+
+    def first_backward(self, d_x: jax.Array, micro: Batch) -> Gradients:
+        _, pull = jax.vjp(lambda slots: self._prefix(slots, micro), landings(self.weights))
+        return _named(pull(d_x)[0])
+
+    def last(self, x: jax.Array, micro: Batch):
+        gradient = jax.grad(self._total, (0, 1), has_aux=True)
+        (d_slots, d_x), seen = gradient(landings(self.weights), x, micro)
+        return d_x, _named(d_slots), seen
+
+
 class _Layer:
     """Forward and backward of one MoE layer, the gradients of its products' weights apart.
 
@@ -135,14 +160,14 @@ class _Layer:
     come at once.
     """
 
-    def __init__(self, graph, layout: Layout, remat: str, tokens, d_balance: float):
+    def __init__(self, graph, layout: Layout, remat: str, positions, d_balance: float):
         """
         Args:
-            tokens: shape of the inputs of a micro-batch.
+            positions: of the tokens of a micro-batch.
             d_balance: gradient of the loss with respect to a layer's balance loss.
         """
         self.graph, self.layout, self.d_balance = graph, layout, d_balance
-        self.positions = positions_of(jnp.zeros(tokens.shape, jnp.int32))
+        self.positions = positions
         self.run = kept_by(self._run, remat)
         self.pull = None  # the structure of a layer's backward, without what it has kept
 
