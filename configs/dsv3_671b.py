@@ -34,7 +34,7 @@ def get_config() -> Config:
             ),
         ),
         train=TrainConfig(batch=15_360, seq_len=4096, steps=235_240),
-        data=DataConfig(tokenizer="deepseek"),
+        data=DataConfig(tokenizer="deepseek", fim_rate=0.1, split_rate=0.1),
         precision=PrecisionConfig(dispatch="fp8"),
         parallel=ParallelConfig(zero=3, remat="full", pieces=2),
         pipeline=PipelineConfig(late=0),  # what W waits with takes 2.3 GB a layer and micro-batch

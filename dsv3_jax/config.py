@@ -131,15 +131,25 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where text comes from: "instant", or a file, folder, glob or .jsonl; how it is tokenized."""
+    """Where text comes from: "instant", or a file, folder, glob or .jsonl; how it is tokenized.
+
+    Of the text to train on, a share `fim_rate` of the documents has its middle behind its end, to
+    be filled in, and a share `split_rate` of the tokens that merge punctuation and line breaks is
+    split (report sec. 4.1: 0.1, and "a certain proportion").
+    """
 
     source: str = "instant"
     text_field: str = "text"
     tokenizer: str = "bpe"
     held_out: float = 0.02
+    fim_rate: float = 0.0
+    split_rate: float = 0.0
     cache_dir: str = "runs/cache"
 
     def __post_init__(self):
+        for name in ("fim_rate", "split_rate"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must lie in 0..1 (a share)")
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(
                 f"data.held_out={self.held_out} must lie between 0 and 1 (a share of the text)"

@@ -216,6 +216,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_numbers():
     config = fp8()
     params, bias = small_step.parameters()

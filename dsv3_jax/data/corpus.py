@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.data.augment import augmented
 from dsv3_jax.data.cache import cached, key
 from dsv3_jax.data.packing import PackedRows, tokenize, unigram_entropy
 from dsv3_jax.data.source import documents, identity
@@ -74,23 +75,34 @@ def _trained_tokenizer(data: DataConfig, vocab_size: int, origin: list, sides: S
         texts = sides()[0]
         stride = -(-sum(map(len, texts)) // BPE_SAMPLE)
         with Console().status(f"training a BPE of {vocab_size} tokens"):
-            tokenizer = train_bpe(texts[::stride], vocab_size)
+            tokenizer = train_bpe(texts[::stride], vocab_size, fim=data.fim_rate > 0)
         tokenizer.backend.save(str(folder / "tokenizer.json"))
 
-    folder = cached(Path(data.cache_dir, f"bpe-{key(origin, vocab_size)}"), build)
+    marks = ["fim"] if data.fim_rate else []
+    folder = cached(Path(data.cache_dir, f"bpe-{key(origin, vocab_size, *marks)}"), build)
     return load_tokenizer(str(folder / "tokenizer.json"))
 
 
 def _packed_tokens(
     data: DataConfig, tokenizer: Tokenizer, origin: list, sides: Sides
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The flat train and held-out tokens, mapped from disk."""
+    """The flat train and held-out tokens, mapped from disk; only train text is augmented."""
+    rates = {"fim_rate": data.fim_rate, "split_rate": data.split_rate}
+    changes = [rates] if any(rates.values()) else []
+
+    def change(text: str, number: int) -> list[int]:
+        return augmented(text, tokenizer, number, **rates)
 
     def build(folder: Path) -> None:
-        for name, texts in zip(("train", "held_out"), sides(), strict=True):
-            np.save(folder / f"{name}.npy", tokenize(texts, tokenizer, name))
+        train, held_out = sides()
+        encode = change if changes else None
+        np.save(folder / "train.npy", tokenize(train, tokenizer, "train", encode))
+        np.save(folder / "held_out.npy", tokenize(held_out, tokenizer, "held_out"))
 
-    folder = cached(Path(data.cache_dir, f"tokens-{key(origin, tokenizer.fingerprint)}"), build)
+    if data.fim_rate:
+        _ = tokenizer.fim_ids  # or an error before anything is read
+    name = f"tokens-{key(origin, tokenizer.fingerprint, *changes)}"
+    folder = cached(Path(data.cache_dir, name), build)
     return (
         np.load(folder / "train.npy", mmap_mode="r"),
         np.load(folder / "held_out.npy", mmap_mode="r"),

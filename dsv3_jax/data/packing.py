@@ -1,7 +1,7 @@
 """Documents laid end to end, read back as rows that overlap by the tokens to be predicted."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -11,24 +11,33 @@ from rich.progress import track
 from dsv3_jax.data.tokenizer import Tokenizer
 
 TEXTS_PER_CALL = 64
+Encode = Callable[[str, int], list[int]]
 
 
-def tokenize(texts: Sequence[str], tokenizer: Tokenizer, side: str) -> Integer[np.ndarray, " T"]:
+def tokenize(
+    texts: Sequence[str], tokenizer: Tokenizer, side: str, encode: Encode | None = None
+) -> Integer[np.ndarray, " T"]:
     """The ids of all `texts` in a row, each followed by the end-of-document id.
 
     Attention is not masked at document ends (report sec. 4.1). `side` names the progress bar. Ids
     are uint16 where the vocabulary allows it, else uint32.
+
+    Args:
+        encode: (text, number of the text) -> ids, in place of the tokenizer's own.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     calls = range(0, len(texts), TEXTS_PER_CALL)
     starts = track(
         calls, f"tokenizing {side} text", transient=True, disable=not Console().is_terminal
     )
-    flat = [
-        np.array([*ids, tokenizer.eos_id], dtype)
-        for start in starts
-        for ids in tokenizer.encode_batch(texts[start : start + TEXTS_PER_CALL])
-    ]
+
+    def ids_of(start: int) -> list[list[int]]:
+        some = texts[start : start + TEXTS_PER_CALL]
+        if encode is None:
+            return tokenizer.encode_batch(some)
+        return [encode(text, start + number) for number, text in enumerate(some)]
+
+    flat = [np.array([*ids, tokenizer.eos_id], dtype) for start in starts for ids in ids_of(start)]
     return np.concatenate(flat)
 
 

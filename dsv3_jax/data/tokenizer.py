@@ -13,6 +13,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from dsv3_jax.data.source import missing
 
 END_OF_TEXT = "<|endoftext|>"
+FIM_NAMES = (  # of prefix, suffix and middle: ours, and those of DeepSeek-V3's tokenizer
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+)
 END_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "</s>", "<|eos|>")
 
 
@@ -57,13 +61,31 @@ class Tokenizer:
         return next(id for id in ids if id is not None)
 
     @functools.cached_property
+    def fim_ids(self) -> tuple[int, int, int]:
+        """Ids of the marks before prefix, suffix and middle.
+
+        Raises:
+            ValueError: the vocabulary has none of the well-known names.
+        """
+        for names in FIM_NAMES:
+            ids = tuple(self.backend.token_to_id(name) for name in names)
+            if None not in ids:
+                return ids
+        raise ValueError(
+            "data.fim_rate needs a tokenizer with the tokens " + ", ".join(FIM_NAMES[0]) + "; add "
+            "them to its added_tokens, or set data.fim_rate=0"
+        )
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides the ids."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, fim: bool = False) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids: end of text (0), 256 bytes, learned merges.
+
+    With `fim`, the marks of prefix, suffix and middle come behind the end of text.
 
     Every byte has an id, so any text comes back exactly. Fewer merges than asked for are learned
     where the text holds no more.
@@ -72,17 +94,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         ValueError: `vocab_size` has no room for the bytes.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + 1:
+    special = [END_OF_TEXT, *(FIM_NAMES[0] if fim else ())]
+    if vocab_size < len(alphabet) + len(special):
         raise ValueError(
             f"model.vocab_size={vocab_size} has no room for a BPE's {len(alphabet)} bytes and its "
-            f"end-of-text token; set model.vocab_size to at least {len(alphabet) + 1}"
+            f"{len(special)} special tokens; set model.vocab_size to at least "
+            f"{len(alphabet) + len(special)}"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=alphabet,
         show_progress=False,
     )
