@@ -26,14 +26,16 @@ class DamagedCheckpoint(ValueError):
 
 
 class Checkpoints:
-    """The saved steps in one folder, of which the newest `keep` stay (all if None)."""
+    """The saved steps in one folder, of which the newest `keep` stay (all if None).
 
-    def __init__(self, directory: str | Path, keep: int | None):
+    So do all multiples of `keep_every`, if given.
+    """
+
+    def __init__(self, directory: str | Path, keep: int | None, keep_every: int | None = None):
         self.directory = Path(directory).absolute()
         self._pending: int | None = None
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps on disk, oldest first, once the save under way has finished."""

@@ -297,13 +297,19 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Save every `every` steps and keep the newest `keep`."""
+    """Save every `every` steps and keep the newest `keep`.
+
+    Those of steps that are multiples of `keep_every` stay for good; None for none.
+    """
 
     every: int = 100
     keep: int = 3
+    keep_every: int | None = None
 
     def __post_init__(self):
         _check_positive(self, "checkpoint", "every", "keep")
+        if self.keep_every is not None:
+            _check_positive(self, "checkpoint", "keep_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,14 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     checkpoints.close()
 
 
+def test_some_are_kept_for_good(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2, keep_every=4)
+    for step in range(2, 13, 2):
+        checkpoints.save(step, {"w": jnp.arange(3.0)}, {})
+    assert checkpoints.steps() == [4, 8, 10, 12]
+    checkpoints.close()
+
+
 def test_newest_are_kept_and_old_steps_are_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none" / "yet", 2)
     assert checkpoints.latest_step() is None

@@ -27,6 +27,7 @@ from dsv3_jax.costs import activated_parameters, training_flops_per_token
 from dsv3_jax.fit import check_mesh
 from dsv3_jax.model import count_parameters
 from dsv3_jax.plan.memory import memory
+from dsv3_jax.plan.recipe import phases
 from dsv3_jax.plan.speed import EFFICIENCY, EXPOSED, speed
 from dsv3_jax.plan.tables import show
 from dsv3_jax.tunnel.links import shape_of
@@ -268,6 +269,7 @@ def make_plan(arguments: argparse.Namespace) -> dict:
         "zero": config.parallel.zero,
         "remat": config.parallel.remat,
         "counts": counts(config),
+        "recipe": [phase._asdict() for phase in phases(config)],
         "chip": dataclasses.asdict(chip),
         "devices": n_devices,
         "shape": shape,

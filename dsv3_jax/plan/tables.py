@@ -31,6 +31,7 @@ def show(plan: dict):
     """Print everything that `make_plan` found."""
     console = rich.console.Console(highlight=False)
     console.print(counts(plan))
+    console.print(recipe(plan))
     if plan["meshes"]:
         if plan["batch"] != plan["asked_batch"]:
             console.print(
@@ -53,6 +54,23 @@ def counts(plan: dict) -> rich.table.Table:
     giga = plan["counts"]["training_flops_per_token"] / 1e9
     rows.insert(6, [f"  in GFLOP, at length {plan['length']:,}", f"{giga:.4g}"])
     return table(plan["config"], ["", ""], rows)
+
+
+def recipe(plan: dict) -> rich.table.Table:
+    """What changes when."""
+    rows = [
+        [
+            f"{phase['start'] / 1e9:,.1f}",
+            f"{phase['stop'] / 1e9:,.1f}",
+            f"{phase['first_rate']:.2e}",
+            f"{phase['last_rate']:.2e}",
+            f"{phase['mtp_weight']:g}",
+            f"{phase['bias_rate']:g}",
+        ]
+        for phase in plan["recipe"]
+    ]
+    columns = ["billion tokens from", "to", "learning rate from", "to", "MTP lambda", "bias gamma"]
+    return table(f"Recipe, batch {plan['asked_batch']:,}", columns, rows)
 
 
 def memory(plan: dict) -> rich.table.Table:

@@ -123,7 +123,8 @@ class Run:
         how = (config, self.flat_mesh, self.flat_layout)
         self.evaluation = make_evaluation(*how)
         self.fp8_stats = make_fp8_stats(*how) if config.fp8_stats else None
-        self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        kept = (config.checkpoint.keep, config.checkpoint.keep_every)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", *kept)
         self.state = self._start(optimizer)
         self.peak, self.peak_label = metrics.device_peak(jax.local_devices()[0], policy.compute)
         self.flops = training_flops_per_token(config.model, train.seq_len)
