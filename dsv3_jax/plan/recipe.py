@@ -37,7 +37,8 @@ def phases(config: Config) -> list[Phase]:
     places = sorted(tokens for tokens in changes if tokens <= total)
     found = []
     for start, stop in zip(places[:-1], places[1:], strict=True):
-        first, last = -(-start // step), max(stop // step - 1, -(-start // step))
+        first = int(-(-start // step))
+        last = max(int(stop // step) - 1, first)
         rates = (float(learning_rate(optimizer, at, step)) for at in (first, last))
         seen = jnp.float32(start)
         now = (float(mtp_weight(losses, seen)), float(bias_rate(losses, seen)))
