@@ -138,6 +138,11 @@ def test_stages_train_alike(tmp_path, programs):
             for name in ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "tokens"):
                 np.testing.assert_allclose(row[name], plain[step][name], rtol=1e-4, err_msg=name)
             assert row["dropped_tokens"] == 0
+    texts = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("plain", "stages"))
+    rows = (map(json.loads, text.splitlines()) for text in texts)
+    held_out = [[row["eval_loss"] for row in some if "eval_loss" in row] for some in rows]
+    assert len(held_out[0]) == 1
+    np.testing.assert_allclose(held_out[1], held_out[0], rtol=1e-4)
     assert (tmp_path / "stages/plots/pipeline.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "plain/plots/pipeline.png").exists()
 
