@@ -198,6 +198,9 @@ def test_mesh_that_does_not_divide(fp8_folder):
         load_pretrained(fp8_folder, mesh=make_mesh(parse_mesh("ep3"), jax.devices()[:3]))
     with pytest.raises(ValueError, match="mesh .*ep4.* needs 4 devices, but there are 8"):
         load_pretrained(fp8_folder, mesh="ep4")
+    stages = make_mesh(parse_mesh("pp2,dp2"), jax.devices()[:4])
+    with pytest.raises(ValueError, match="only training has pipeline stages; use dp4"):
+        load_pretrained(fp8_folder, mesh=stages)
 
 
 def test_loaded_arrays_may_be_donated(tmp_path):

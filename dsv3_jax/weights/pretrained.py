@@ -1,6 +1,7 @@
 """`load_pretrained`: a folder with weights -> a model on a mesh."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,10 +57,14 @@ def load_model(source: Source, dtype: str, mesh: str | Mesh | None) -> DeepSeekV
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     mesh = mesh_of(mesh)
-    check_model_mesh(source.config, spec_of(mesh))
+    spec = spec_of(mesh)
+    check_model_mesh(source.config, spec)
+    if spec.pp > 1:
+        flat = dataclasses.replace(spec, pp=1, dp=spec.pp * spec.dp)
+        raise ValueError(f"mesh {spec}: only training has pipeline stages; use {flat}")
     wide = jnp.dtype("bfloat16" if dtype == "fp8" else dtype)
     policy = Policy(compute=wide, master=wide, fp8=dtype == "fp8")
-    layout = Layout(mesh=spec_of(mesh), zero=0)
+    layout = Layout(mesh=spec, zero=0)
     wanted = wanted_arrays(source.config, policy, mesh, layout)
     scales: dict[str, jax.Array] = {}
     if policy.fp8:
