@@ -4,18 +4,24 @@
     python benchmarks/fp8.py train --plot-only    the table and picture of runs that are there
     python benchmarks/fp8.py scaling              error of a product by how scales are shared
     python benchmarks/fp8.py cost                 quantisation in the compiled step of 671B
+    python benchmarks/fp8.py cycles               the kernel against products of XLA, on tpu7x
 
 `train` runs `train.py` on the instant corpus with the same text, order and seeds in FP8, bfloat16
 and, to see what chance does, float32, and compares held-out losses, smoothed over steps. Runs lie
 in `--workdir`; the same command goes on where it was stopped. `cost` compiles the step for TPUs
 (dsv3_jax/tunnel) in both formats and adds up where quantisation stands by itself; what the compiler
-put into other work costs nothing more there. `scaling` multiplies activations of which a few
+put into other work costs nothing more there. `cycles` compiles products for tpu7x: XLA estimates
+the cycles of its own; the kernel's are its instruction bundles, each a cycle, times the turns of
+its loops. Nothing runs, and nothing waits for memory. `scaling` multiplies activations of which a few
 channels are up to a million times as large as the others in FP8 with one scale a tensor, and with
 one a tile and block as here, and compares with the exact product.
 """
 
 import argparse
+import functools
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,15 +31,17 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
+from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
 from configs import load_preset
-from dsv3_jax.numerics.blockscale import BLOCK, TILE, dequantize, quantize
+from dsv3_jax.numerics.blockscale import BLOCK, TILE, Scaled, dequantize, quantize
+from dsv3_jax.numerics.kernels import fp8_tpu
 from dsv3_jax.overrides import override
 from dsv3_jax.training.plots import smoothed
 from dsv3_jax.tunnel import hlo
-from dsv3_jax.tunnel.compile import compile_step, target_of
+from dsv3_jax.tunnel.compile import ENVIRONMENT, compile_step, target_of
 from dsv3_jax.tunnel.report import walk_of
 from sharding.mesh import parse_mesh
 
@@ -160,6 +168,72 @@ def cost(mesh: str, topology: str):
     Console().print(table)
 
 
+SHAPES = ((4096, 7168, 4096), (4096, 2048, 7168), (4096, 16384, 7168))  # M K N, as at 671B
+
+
+def cycles():
+    """A process a product, as the compiler is told once where to leave its texts."""
+    table = Table(title="thousand cycles on tpu7x (speed over bfloat16)")
+    for column in ("M x K x N", "bfloat16", "plain FP8", "kernel, 128", "256 deep"):
+        table.add_column(column, justify="right")
+    for shape in SHAPES:
+        found = {}
+        for kind in ("bfloat16", "float8_e4m3fn", "128", "256"):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, __file__, "one-product", kind, folder, *map(str, shape)]
+                found[kind] = float(subprocess.check_output(command, text=True).split()[-1])
+        wide = found["bfloat16"]
+        cells = (f"{n / 1e3:,.0f} ({wide / n:.2f})" for n in found.values())
+        table.add_row("x".join(map(str, shape)), *cells)
+    Console().print(table)
+
+
+def one_product(kind: str, folder: str, m: int, k: int, n: int):
+    """Print the cycles of one product."""
+    dumps = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    os.environ.update(ENVIRONMENT | {"LIBTPU_INIT_ARGS": dumps if kind.isdigit() else ""})
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="tpu7x:2x2x1").devices
+    here = jax.sharding.SingleDeviceSharding(devices[0])
+
+    def given(*shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    if not kind.isdigit():
+        fn = functools.partial(jnp.matmul, preferred_element_type=jnp.bfloat16)
+        arguments = given(m, k, dtype=jnp.dtype(kind)), given(k, n, dtype=jnp.dtype(kind))
+        text = jax.jit(fn).lower(*arguments).compile().as_text()
+        print(sum(map(float, re.findall(r'"estimated_cycles":"(\d+)"', text))))
+        return
+    depth, f8, f32 = int(kind), jnp.float8_e4m3fn, jnp.float32
+    x = Scaled(given(m, k, dtype=f8), given(m, k // 128, dtype=f32))
+    w = Scaled(given(k, n, dtype=f8), given(k // 128, n // 128, dtype=f32))
+    fn = functools.partial(fp8_tpu.scaled_matmul, dtype=jnp.bfloat16, depth=depth)
+    jax.jit(fn).lower(x, w).compile()
+    texts = [path.read_text() for path in Path(folder).glob("*final_bundles.txt")]
+    (text,) = [t for t in texts if "hlo: grouped_scaled_matmul" in t]
+    pieces = fp8_tpu.largest_divisor(k // depth, fp8_tpu.STEP // depth)
+    turns = pieces // fp8_tpu.largest_divisor(pieces, fp8_tpu.TOGETHER)
+    tiles, steps = -(-m // fp8_tpu.ROWS) * -(-n // fp8_tpu.COLUMNS), k // depth // pieces
+    always, sometimes, inner = bundles(text)
+    print(tiles * steps * (always + turns * inner) + tiles * sometimes)
+
+
+def bundles(text: str) -> tuple[int, int, int]:
+    """Of the loop over tiles, of its branches (a sum's begin and end), and of the loop inside."""
+    always = sometimes = inner = 0
+    branch = False
+    for line in text.splitlines():
+        if not (found := re.match(r"\s*0x[0-9a-f]+\s*(\w\w)?:\s*(>*) ", line)):
+            continue
+        branch &= found[1] != "PF"
+        depth = len(found[2])
+        inner += depth == 2
+        always += depth == 1 and not branch
+        sometimes += depth == 1 and branch
+        branch |= depth == 1 and "sbr.rel" in line
+    return always, sometimes, inner
+
+
 def scaling():
     """Relative error of a product, by how large a few channels are and how scales are shared."""
     rng = np.random.default_rng(0)
@@ -188,7 +262,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("train", "scaling", "cost"))
+    parser.add_argument("what", choices=("train", "scaling", "cost", "cycles"))
     parser.add_argument("--workdir", type=Path, default=Path("runs/fp8"))
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "fp8.png")
     parser.add_argument("--seeds", type=int, default=3)
@@ -196,7 +270,14 @@ def main():
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
     parser.add_argument("--mesh", default="dp16,ep64", help="for cost (default: dp16,ep64)")
     parser.add_argument("--topology", default="tpu7x:8x8x8", help="for cost")
+    if sys.argv[1:2] == ["one-product"]:
+        kind, folder, *shape = sys.argv[2:]
+        one_product(kind, folder, *map(int, shape))
+        return
     arguments = parser.parse_args()
+    if arguments.what == "cycles":
+        cycles()
+        return
     if arguments.what == "scaling":
         scaling()
         return
