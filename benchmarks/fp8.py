@@ -12,9 +12,9 @@ in `--workdir`; the same command goes on where it was stopped. `cost` compiles t
 (dsv3_jax/tunnel) in both formats and adds up where quantisation stands by itself; what the compiler
 put into other work costs nothing more there. `cycles` compiles products for tpu7x: XLA estimates
 the cycles of its own; the kernel's are its instruction bundles, each a cycle, times the turns of
-its loops. Nothing runs, and nothing waits for memory. `scaling` multiplies activations of which a few
-channels are up to a million times as large as the others in FP8 with one scale a tensor, and with
-one a tile and block as here, and compares with the exact product.
+its loops. Nothing runs, and nothing waits for memory. `scaling` multiplies activations of which a
+few channels are up to a million times as large as the others in FP8 with one scale a tensor, and
+with one a tile and block as here, and compares with the exact product.
 """
 
 import argparse
