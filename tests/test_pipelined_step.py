@@ -47,12 +47,7 @@ def test_all_schedules(schedule):
 @pytest.mark.parametrize(
     "mesh, n_layers, n_rows, settings",
     [
-        (
-            "pp4,dp2",
-            7,
-            16,
-            ["pipeline.schedule=dualpipev"],
-        ),  # the first and the last are ends alone
+        ("pp4,dp2", 7, 16, ["pipeline.schedule=dualpipev"]),  # the ends have no layer
         ("pp8", 9, 16, ["pipeline.schedule=dualpipe", "pipeline.late=1"]),
         ("pp2,ep4", 5, 16, ["pipeline.schedule=dualpipe", "parallel.remat=full"]),
         ("pp2", 5, 6, ["pipeline.schedule=zb1p", "model.mtp_depth=0", "parallel.remat=none"]),
