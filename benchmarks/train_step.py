@@ -65,8 +65,7 @@ def our_step() -> Callable[[np.ndarray], float]:
     """tokens [B, T + 1] -> loss, having made one step."""
     spec = MeshSpec()
     mesh, layout = make_mesh(spec, jax.devices()[:1]), layout_of(CONFIG, spec)
-    tokens_per_step = CONFIG.train.batch * CONFIG.train.seq_len
-    optimizer = make_optimizer(CONFIG.optimizer, Policy.of(CONFIG.precision), tokens_per_step)
+    optimizer = make_optimizer(CONFIG.optimizer, Policy.of(CONFIG.precision))
     state = fresh_state(CONFIG, optimizer, abstract_state(CONFIG, optimizer, mesh, layout))
     step = make_step(CONFIG, optimizer, mesh, layout)
 

@@ -120,6 +120,12 @@ class Checkpoints:
         """What was saved beside the arrays of a step."""
         return self._open(step)[1]["extra"]
 
+    def forget_after(self, step: int):
+        """Delete the saved steps after this one."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
     def wait(self):
         """Return when the save under way has finished; OSError if it failed (a full disk)."""
         with self._naming_the_failed_save():
@@ -222,10 +228,11 @@ def fingerprints(arrays: dict[str, Array]) -> dict[str, str]:
 
 @jax.jit
 def _totals(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
-    return {path: _total(array) for path, array in arrays.items()}
+    return {path: fingerprint(array) for path, array in arrays.items()}
 
 
-def _total(array: Array) -> UInt32[Array, ""]:
+def fingerprint(array: Array) -> UInt32[Array, ""]:
+    """The number that `fingerprints` writes in hex, of one array."""
     bits = array.astype(jnp.uint8) if array.dtype == bool else array
     word = {1: jnp.uint8, 2: jnp.uint16}.get(bits.dtype.itemsize, jnp.uint32)
     words = jax.lax.bitcast_convert_type(bits, word).astype(jnp.uint32)  # 64 bits: two words

@@ -281,11 +281,18 @@ class PipelineConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length of a run. `batch` counts sequences of `seq_len` tokens over the whole mesh."""
+    """Length of a run. `batch` counts sequences of `seq_len` tokens over the whole mesh.
+
+    Over the first `ramp_tokens` the batch grows from `first_batch`, if it is less, to `batch`, in
+    `batch_sizes` even sizes with the last one (report sec. 4.2: 3072 to 15360 over 469e9).
+    """
 
     batch: int
     seq_len: int
     steps: int
+    first_batch: int | None = None
+    batch_sizes: int = 5
+    ramp_tokens: float = 0.0
     seed: int = 0
     eval_every: int = 100
     eval_batches: int = 8
@@ -293,6 +300,50 @@ class TrainConfig:
 
     def __post_init__(self):
         _check_positive(self, "train", "batch", "seq_len", "steps", "eval_every", "eval_batches")
+        if self.first_batch is not None:
+            _check_positive(self, "train", "first_batch")
+        if self.batch_sizes < 2:
+            raise ValueError(f"train.batch_sizes={self.batch_sizes} must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The mean of the weights on the host (report sec. 3.2.2): every `every` steps in a thread.
+
+    One step back counts by `decay` less; None keeps no mean. The report gives no number.
+    """
+
+    decay: float | None = None
+    every: int = 1
+
+    def __post_init__(self):
+        _check_positive(self, "ema", "every")
+        if self.decay is not None and not 0.0 < self.decay < 1.0:
+            raise ValueError(f"ema.decay={self.decay} must lie between 0 and 1, e.g. 0.999")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does about numbers that go wrong.
+
+    A step is skipped, with the state as it was, if its gradient is not finite or its norm exceeds
+    `skip_above` times the usual one (once 100 steps have shown that). After `roll_back_after` such
+    steps in a row the run goes back to a checkpoint from before and on behind their data. A loss
+    more than `spike` standard deviations above the last 100 is reported. Every `audit_every` steps
+    all copies of the state are compared (None: never).
+    """
+
+    skip_above: float = 20.0
+    roll_back_after: int = 5
+    spike: float = 6.0
+    audit_every: int | None = 1000
+
+    def __post_init__(self):
+        _check_positive(self, "guard", "roll_back_after", "spike")
+        if self.skip_above <= 1.0:
+            raise ValueError(f"guard.skip_above={self.skip_above} must exceed 1 (the usual norm)")
+        if self.audit_every is not None:
+            _check_positive(self, "guard", "audit_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -328,6 +379,8 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     pipeline: PipelineConfig = PipelineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    ema: EmaConfig = EmaConfig()
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
         length, pieces = self.train.seq_len, self.parallel.pieces

@@ -1,5 +1,6 @@
 """Whether the program of a config can be divided over a mesh, and if not, what would work."""
 
+from dsv3_jax.batch_size import BatchSizes, with_batch
 from dsv3_jax.config import Config, ModelConfig
 from sharding.mesh import MeshSpec
 from sharding.schedule import nearest_micro
@@ -7,11 +8,12 @@ from sharding.schedule import nearest_micro
 
 def check_mesh(config: Config, mesh: MeshSpec):
     """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
-    batch = config.train.batch
-    _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
+    for batch in reversed(BatchSizes.of(config.train).sizes):
+        _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
     check_model_mesh(config.model, mesh)
     if mesh.pp > 1:
-        _check_pipeline(config, mesh)
+        for batch in BatchSizes.of(config.train).sizes:
+            _check_pipeline(with_batch(config, batch), mesh)
 
 
 def n_micro_batches(config: Config, mesh: MeshSpec) -> int:

@@ -11,12 +11,14 @@ from dsv3_jax.shapes import Array, Float32, Int
 
 
 def learning_rate(
-    config: OptimizerConfig, step: Int[Array, ""] | int, tokens_per_step: int
+    config: OptimizerConfig, step: Int[Array, ""], tokens: Float32[Array, ""]
 ) -> Float32[Array, ""]:
-    """Rate of update number `step` (from 0): linear warm-up, constant, cosine, two plateaus."""
-    step = jnp.asarray(step, jnp.float32)
-    tokens = step * tokens_per_step
-    warm = jnp.minimum((step + 1.0) / max(config.warmup_steps, 1), 1.0)
+    """Rate of update number `step` (from 0): linear warm-up, constant, cosine, two plateaus.
+
+    Args:
+        tokens: seen before it.
+    """
+    warm = jnp.minimum((step.astype(jnp.float32) + 1.0) / max(config.warmup_steps, 1), 1.0)
     done = jnp.clip((tokens - config.constant_tokens) / config.decay_tokens, 0.0, 1.0)
     fall = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
     rate = config.decayed_lr + (config.peak_lr - config.decayed_lr) * fall
@@ -46,12 +48,13 @@ def moved_bias(
     return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
 
 
-def make_optimizer(
-    config: OptimizerConfig, policy: Policy, tokens_per_step: int
-) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; vectors (norm scales) are not decayed."""
+def make_optimizer(config: OptimizerConfig, policy: Policy) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW; its updates are still to be multiplied by the rate.
+
+    Vectors (norm scales) are not decayed.
+    """
     adamw = optax.adamw(
-        lambda count: learning_rate(config, count, tokens_per_step),
+        1.0,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,

@@ -204,6 +204,7 @@ def placement(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> NamedSharding:
 
 BATCH = PartitionSpec(DATA_AXES)
 REPLICATED = PartitionSpec()
+A_ROW_A_DEVICE = PartitionSpec(AXES)
 
 
 def share_of_process(mesh: Mesh) -> tuple[int, int]:

@@ -1,14 +1,17 @@
 """Batches: every row once an epoch, the same for any number of processes, exact resume."""
 
-import json
-
 import numpy as np
 import pytest
 
+from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.data import Loader, PackedRows, eval_batches
 
 ROWS = PackedRows(np.arange(1000, dtype=np.uint16), seq_len=13, extra=2)  # 76 rows
 SMALL = PackedRows(np.arange(90, dtype=np.uint16), seq_len=8, extra=2)  # 11 rows
+
+
+def loader_of(rows, batch: int = 4, **how) -> Loader:
+    return Loader(rows, BatchSizes((0,), (batch,), 1), **how)
 
 
 def take(loader: Loader, n: int) -> list[np.ndarray]:
@@ -16,45 +19,45 @@ def take(loader: Loader, n: int) -> list[np.ndarray]:
 
 
 def test_batches_have_the_rows_shape_and_type():
-    (batch,) = take(Loader(ROWS, batch=4), 1)
+    (batch,) = take(loader_of(ROWS, batch=4), 1)
     assert batch.shape == (4, 15)
     assert batch.dtype == np.int32
     np.testing.assert_array_equal(batch - batch[:, :1], np.tile(np.arange(15), (4, 1)))
 
 
 def test_every_row_once_an_epoch_and_epochs_differ():
-    first = np.stack(take(Loader(ROWS, batch=4, seed=1), 3 * 19))[..., 0].reshape(3, 76)
+    first = np.stack(take(loader_of(ROWS, batch=4, seed=1), 3 * 19))[..., 0].reshape(3, 76)
     for epoch in first:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(76) * 13)
     assert (first[0] != first[1]).any() and (first[1] != first[2]).any()
 
 
 def test_seed_decides_the_order():
-    a, b, c = (np.stack(take(Loader(ROWS, batch=4, seed=seed), 5)) for seed in (3, 3, 4))
+    a, b, c = (np.stack(take(loader_of(ROWS, batch=4, seed=seed), 5)) for seed in (3, 3, 4))
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()
 
 
 def test_without_shuffle_rows_come_in_order():
-    got = np.concatenate(take(Loader(SMALL, batch=4, shuffle=False), 5))[:, 0] // 8
+    got = np.concatenate(take(loader_of(SMALL, batch=4, shuffle=False), 5))[:, 0] // 8
     np.testing.assert_array_equal(got, np.arange(20) % 11)
 
 
 def test_batches_of_one_row():
-    got = np.concatenate(take(Loader(SMALL, batch=1), 11))[:, 0] // 8
+    got = np.concatenate(take(loader_of(SMALL, batch=1), 11))[:, 0] // 8
     np.testing.assert_array_equal(np.sort(got), np.arange(11))
 
 
 def test_batch_may_exceed_an_epoch():
-    (batch,) = take(Loader(SMALL, batch=22), 1)
+    (batch,) = take(loader_of(SMALL, batch=22), 1)
     np.testing.assert_array_equal(np.sort(batch[:, 0] // 8), np.repeat(np.arange(11), 2))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_global_batches_do_not_depend_on_the_process_count(count):
     """Over several epochs whose length no batch divides."""
-    whole = take(Loader(SMALL, batch=4, seed=5), 12)
-    shares = [take(Loader(SMALL, batch=4, seed=5, process=(p, count)), 12) for p in range(count)]
+    whole = take(loader_of(SMALL, batch=4, seed=5), 12)
+    shares = [take(loader_of(SMALL, batch=4, seed=5, process=(p, count)), 12) for p in range(count)]
     for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
         np.testing.assert_array_equal(batch, np.concatenate(parts))
 
@@ -67,10 +70,33 @@ class Recorder(PackedRows):
         return super().__getitem__(index)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("begin", [0, 3, 6])
+def test_batches_that_grow_cut_the_same_order(count, begin):
+    """Steps of 2, 4 and 6 rows from steps 0, 3 and 5 on; from any step, behind any data."""
+    sizes = BatchSizes((0, 3, 5), (2, 4, 6), 1)
+    order = np.concatenate(take(loader_of(SMALL, batch=1, seed=7), 60))
+    cuts = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 10), slice(10, 14)]
+    cuts += [slice(14 + 6 * i, 20 + 6 * i) for i in range(4)]
+    shares = []
+    for process in range(count):
+        loader = Loader(SMALL, sizes, seed=7, process=(process, count))
+        loader.start(begin, cuts[begin].start)
+        shares.append(take(loader, 9 - begin))
+        assert (loader.step, loader.row) == (9, 38)
+    for step, parts in enumerate(zip(*shares, strict=True), start=begin):
+        np.testing.assert_array_equal(np.concatenate(parts), order[cuts[step]])
+
+
+def test_batches_say_which_rows_they_are():
+    for batch in (next(loader_of(SMALL, batch=5, seed=3)) for _ in range(3)):
+        np.testing.assert_array_equal(batch["rows"], batch["tokens"][:, 0] // 8)
+
+
 def test_a_process_reads_only_its_own_rows():
     rows = Recorder(ROWS.tokens, ROWS.seq_len, ROWS.extra)
     object.__setattr__(rows, "read", set())
-    loader = Loader(rows, batch=4, shuffle=False, process=(1, 2))
+    loader = loader_of(rows, batch=4, shuffle=False, process=(1, 2))
     take(loader, 10)
     assert all(index % 4 in (2, 3) for index in rows.read)
 
@@ -79,22 +105,22 @@ def test_a_process_reads_only_its_own_rows():
 @pytest.mark.parametrize("process", [(0, 1), (1, 2)])
 def test_exact_resume(done, process):
     """Position 23 lies in another epoch than the start; batches read ahead do not count."""
-    unbroken = Loader(SMALL, batch=4, seed=2, process=process)
+    unbroken = loader_of(SMALL, batch=4, seed=2, process=process)
     take(unbroken, done)
-    state = json.loads(json.dumps(unbroken.get_state()))
+    place = (unbroken.step, unbroken.row)
     expected = take(unbroken, 9)
-    fresh = Loader(SMALL, batch=4, seed=2, process=process)
-    fresh.set_state(state)
+    fresh = loader_of(SMALL, batch=4, seed=2, process=process)
+    fresh.start(*place)
     np.testing.assert_array_equal(take(fresh, 9), expected)
-    unbroken.set_state(state)
+    unbroken.start(*place)
     np.testing.assert_array_equal(take(unbroken, 9), expected)
 
 
 def test_state_of_one_process_count_resumes_another():
-    pair = Loader(SMALL, batch=4, process=(0, 2))
+    pair = loader_of(SMALL, batch=4, process=(0, 2))
     take(pair, 5)
-    alone = Loader(SMALL, batch=4)
-    alone.set_state(pair.get_state())
+    alone = loader_of(SMALL, batch=4)
+    alone.start(pair.step, pair.row)
     np.testing.assert_array_equal(next(alone)["tokens"][:2], next(pair)["tokens"])
 
 
@@ -115,6 +141,6 @@ def test_bad_batches():
     with pytest.raises(ValueError, match="11 rows, fewer than train.batch=12"):
         eval_batches(SMALL, batch=12, n_batches=1)
     with pytest.raises(ValueError, match="train.batch=6 must be a positive multiple of the 4"):
-        Loader(SMALL, batch=6, process=(0, 4))
+        loader_of(SMALL, batch=6, process=(0, 4))
     with pytest.raises(ValueError, match="process index 2 must lie in 0..1"):
-        Loader(SMALL, batch=6, process=(2, 2))
+        loader_of(SMALL, batch=6, process=(2, 2))

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from configs import load_preset
+from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.config import LossConfig, OptimizerConfig
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import (
@@ -34,8 +36,10 @@ def report_rate(update: int, tokens: float) -> float:
 
 
 def rates(config: OptimizerConfig, steps, tokens_per_step: int):
-    rate = jax.vmap(lambda step: learning_rate(config, step, tokens_per_step))
-    return jax.jit(rate)(jnp.asarray(steps))
+    def rate(step):
+        return learning_rate(config, step, step.astype(jnp.float32) * tokens_per_step)
+
+    return jax.jit(jax.vmap(rate))(jnp.asarray(steps))
 
 
 def test_rates_of_the_preset():
@@ -61,8 +65,8 @@ def test_rate_takes_named_values():
 
 def test_preset_ends_at_its_last_token():
     config = load_preset("dsv3_671b")
-    tokens = config.train.steps * config.train.batch * config.train.seq_len
-    np.testing.assert_allclose(tokens, 14.8e12, rtol=1e-4)
+    sequences = BatchSizes.of(config.train).sequences(config.train.steps)
+    np.testing.assert_allclose(sequences * config.train.seq_len, 14.8e12, rtol=1e-5)
 
 
 CONFIG = OptimizerConfig(peak_lr=0.01, warmup_steps=2, weight_decay=0.3, clip=1.5)
@@ -106,14 +110,16 @@ def reference_adamw(params, gradients, config, decayed):
 
 
 def run(params, gradients, policy):
-    optimizer = make_optimizer(CONFIG, policy, 100)
+    optimizer = make_optimizer(CONFIG, policy)
 
     @jax.jit
     def steps(params, gradients):
         state = optimizer.init(params)
         for grads in gradients:
+            rate = learning_rate(CONFIG, optax.tree.get(state, "count"), jnp.float32(0.0))
             updates, state = optimizer.update(grads, state, params)
-            params = jax.tree.map(jnp.add, params, updates)
+            updates = optax.tree.scale(rate, updates)
+            params = optax.apply_updates(params, updates)
         return params, state
 
     return steps(params, gradients)
@@ -170,7 +176,7 @@ def test_stored_as_rounds_between_updates_only():
 
 
 def test_stored_as_leaves_integers_and_structure():
-    inner = make_optimizer(CONFIG, Policy(), 100)
+    inner = make_optimizer(CONFIG, Policy())
     params = variables(0, 1.0)
     shapes = jax.eval_shape(inner.init, params)
     stored = jax.eval_shape(stored_as(inner, BF16.moments).init, params)

@@ -99,7 +99,7 @@ def abstract_step(config: Config, spec: MeshSpec):
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     layout, train = layout_of(config, spec), config.train
     policy = Policy.of(config.precision)
-    optimizer = make_optimizer(config.optimizer, policy, train.batch * train.seq_len)
+    optimizer = make_optimizer(config.optimizer, policy)
     shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)
     array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, BATCH))
     batch = Batch(array(jnp.int32), array(jnp.bool_))

@@ -163,7 +163,7 @@ def steps(mesh_text: str, n: int):
     """Metrics of `n` steps and the last state; asserts what must hold from step to step."""
     config = config_of(zero=3 if mesh_text != "dp1" else 1)
     mesh, layout = placed(mesh_text, config)
-    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision), BATCH_SIZE * LENGTH)
+    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     abstract = abstract_state(config, optimizer, mesh, layout)
     state = fresh_state(config, optimizer, abstract)
     step, out = make_step(config, optimizer, mesh, layout), []

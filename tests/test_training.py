@@ -21,9 +21,9 @@ from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.overrides import override
-from dsv3_jax.training.loop import check_workdir
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
 from dsv3_jax.training.step import make_step
+from dsv3_jax.training.workdir import check_workdir
 from sharding.mesh import BATCH, make_mesh, parse_mesh
 
 
@@ -32,7 +32,7 @@ def test_first_step_of_the_tiny_preset():
     config = override(load_preset("tiny"), "parallel.unroll=1")  # a smaller program, the same sums
     spec = parse_mesh("dp2,ep2x2")
     mesh, layout = make_mesh(spec), layout_of(config, spec)
-    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision), 4096)
+    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     abstract = abstract_state(config, optimizer, mesh, layout)
     state = fresh_state(config, optimizer, abstract)
     tokens = np.random.default_rng(0).integers(0, 2048, (32, 130)).astype(np.int32)

@@ -240,7 +240,7 @@ def start(config: Config, folder: Path):
     """The state that a run on 4 devices starts with, and what it should look like."""
     spec = parse_mesh("dp2,ep2")
     mesh, layout = make_mesh(spec, jax.devices()[:4]), layout_of(config, spec)
-    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision), 4096)
+    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     abstract = abstract_state(config, optimizer, mesh, layout)
     return state_from(open_weights(folder), optimizer, abstract), abstract
 

@@ -1,28 +1,32 @@
 """Endless shuffled batches that any number of processes share and that resume exactly."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 from jaxtyping import Int32
 
+from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.data.packing import PackedRows
 
-Batch = dict[str, Int32[np.ndarray, "b row"]]
+Batch = dict[str, np.ndarray]
 
 # Two batches are made in threads while the device works on one.
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+ENDLESS = 1 << 40  # steps
 
 
 class Loader:
-    """Process `index` of `count`'s share of every global batch, for ever: {"tokens": rows}.
+    """Process `index` of `count`'s share of every global batch, for ever.
 
-    The rows of an epoch come once each, in an order of the epoch's own. The sequence of global
-    batches does not depend on `count`: process p takes the p-th of `count` equal slices of each
-    batch, and reads no other row.
+    A batch is {"tokens": rows, "rows": their numbers in the text}. The rows of an epoch come once
+    each, in an order of the epoch's own, which batches of whatever sizes cut into pieces. So what
+    comes next depends on how many rows have come alone, which is all that is saved. Process p takes
+    the p-th of `count` equal slices of each batch, and reads no other row.
 
     Args:
-        batch: rows of a global batch.
+        sizes: rows of every global batch; its `seq_len` does not count.
         process: this process's index, and the number of processes.
 
     Raises:
@@ -32,33 +36,68 @@ class Loader:
     def __init__(
         self,
         rows: PackedRows,
-        batch: int = 32,
+        sizes: BatchSizes,
         seed: int = 0,
         process: tuple[int, int] = (0, 1),
         shuffle: bool = True,
     ):
-        index, count = process
-        share = _share(batch, process)
-        order = grain.MapDataset.source(rows)
+        for size in sizes.sizes:
+            _share(size, process)
+        order = grain.MapDataset.source(_Numbered(rows))
         if shuffle:
             order = order.shuffle(seed)
-        # Slice p of global batch n is number n * count + p. An endless dataset has no remainder.
-        shares = order.repeat().batch(share, drop_remainder=True)
-        self._batches = iter(shares[index::count].to_iter_dataset(READ_AHEAD))
+        self._order, self._sizes, self._process = order.repeat(), sizes, process
+        self.start(0, 0)
+
+    def start(self, step: int, row: int):
+        """Go on with the batch of step number `step`, which begins at row `row` of the order."""
+        self.step, self.row = step, row
+        share = _Share(self._order, self._sizes, self._process, step, row)
+        self._batches = iter(grain.MapDataset.source(share).to_iter_dataset(READ_AHEAD))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return {"tokens": next(self._batches)}
+        batch = next(self._batches)
+        self.row += self._sizes.size(self.step)
+        self.step += 1
+        return batch
 
-    def get_state(self) -> dict[str, int]:
-        """Where the last yielded batch left off, as plain values."""
-        return self._batches.get_state()
 
-    def set_state(self, state: dict[str, int]) -> None:
-        """Go on after the batch at which `state` was taken."""
-        self._batches.set_state(state)
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+    """Rows with their numbers."""
+
+    rows: PackedRows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Int32[np.ndarray, " row"], int]:
+        return self.rows[index], index
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """One process's share of step after step, from a step and a row of the order on."""
+
+    order: grain.MapDataset
+    sizes: BatchSizes
+    process: tuple[int, int]
+    step: int
+    row: int
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Batch:
+        step, (number, count) = self.step + index, self.process
+        share = self.sizes.size(step) // count
+        first = self.row + self.sizes.sequences(step) - self.sizes.sequences(self.step)
+        places = range(first + number * share, first + (number + 1) * share)
+        tokens, rows = zip(*(self.order[place] for place in places), strict=True)
+        return {"tokens": np.stack(tokens), "rows": np.array(rows)}
 
 
 def eval_batches(

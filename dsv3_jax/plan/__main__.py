@@ -21,6 +21,7 @@ from pathlib import Path
 
 from configs import load_preset, preset_names
 from dsv3_jax import overrides
+from dsv3_jax.batch_size import BatchSizes, with_batch
 from dsv3_jax.chips import CHIPS, GIB, H800, Chip, chip_named, chip_of, override
 from dsv3_jax.config import Config
 from dsv3_jax.costs import activated_parameters, training_flops_per_token
@@ -127,10 +128,6 @@ def node_forms(config: Config, mesh: MeshSpec) -> list[str]:
     """The same mesh with its expert groups in nodes."""
     forms = [MeshSpec(dp=mesh.dp, nodes=n, ranks=mesh.ep // n) for n in range(2, mesh.ep + 1)]
     return [str(form) for form in forms if form.ep == mesh.ep and not obstacle(config, form)]
-
-
-def with_batch(config: Config, batch: int) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=batch))
 
 
 def largest_batch(config: Config, mesh: MeshSpec, chip: Chip) -> int:
@@ -246,7 +243,8 @@ def make_plan(arguments: argparse.Namespace) -> dict:
         if value is not None and not value > 0:
             raise ValueError(f"--{name}={value:g} must be positive")
     config = load_preset(arguments.config)
-    tokens = arguments.tokens or config.train.steps * config.train.batch * config.train.seq_len
+    train = config.train
+    tokens = arguments.tokens or BatchSizes.of(train).sequences(train.steps) * train.seq_len
     for assignment in arguments.set:
         config = overrides.override(config, assignment)
     asked, length = config.train.batch, config.train.seq_len

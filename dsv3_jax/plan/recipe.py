@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.config import Config
 from dsv3_jax.optimizer import bias_rate, learning_rate, mtp_weight
 
@@ -13,6 +14,7 @@ class Phase(NamedTuple):
 
     start: float  # tokens seen
     stop: float
+    batch: int  # sequences a step
     first_rate: float  # learning rates
     last_rate: float
     mtp_weight: float  # lambda
@@ -21,26 +23,28 @@ class Phase(NamedTuple):
 
 def phases(config: Config) -> list[Phase]:
     """Of the whole run, from one change to the next."""
-    optimizer, losses = config.optimizer, config.losses
-    step = config.train.batch * config.train.seq_len
-    total = float(config.train.steps * step)
+    optimizer, losses, sizes = config.optimizer, config.losses, BatchSizes.of(config.train)
+
+    def seen(step: int) -> float:
+        return float(sizes.sequences(step) * config.train.seq_len)
+
     changes = {
-        0.0,
-        float(optimizer.warmup_steps * step),
+        *map(seen, sizes.starts),
+        seen(optimizer.warmup_steps),
         optimizer.constant_tokens,
         optimizer.constant_tokens + optimizer.decay_tokens,
         optimizer.tail_tokens,
         losses.mtp_late_tokens,
         losses.bias_stop_tokens,
-        total,
+        total := seen(config.train.steps),
     }
     places = sorted(tokens for tokens in changes if tokens <= total)
     found = []
     for start, stop in zip(places[:-1], places[1:], strict=True):
-        first = int(-(-start // step))
-        last = max(int(stop // step) - 1, first)
-        rates = (float(learning_rate(optimizer, at, step)) for at in (first, last))
-        seen = jnp.float32(start)
-        now = (float(mtp_weight(losses, seen)), float(bias_rate(losses, seen)))
-        found.append(Phase(start, stop, *rates, *now))
+        first = sizes.step_at(start)
+        last = max(sizes.step_at(stop) - 1, first)
+        steps = map(jnp.int32, (first, last))
+        rates = (float(learning_rate(optimizer, step, sizes.tokens(step))) for step in steps)
+        now = (mtp_weight(losses, jnp.float32(start)), bias_rate(losses, jnp.float32(start)))
+        found.append(Phase(start, stop, sizes.size(first), *rates, *map(float, now)))
     return found

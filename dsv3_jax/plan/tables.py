@@ -62,6 +62,7 @@ def recipe(plan: dict) -> rich.table.Table:
         [
             f"{phase['start'] / 1e9:,.1f}",
             f"{phase['stop'] / 1e9:,.1f}",
+            f"{phase['batch']:,}",
             f"{phase['first_rate']:.2e}",
             f"{phase['last_rate']:.2e}",
             f"{phase['mtp_weight']:g}",
@@ -69,8 +70,8 @@ def recipe(plan: dict) -> rich.table.Table:
         ]
         for phase in plan["recipe"]
     ]
-    columns = ["billion tokens from", "to", "learning rate from", "to", "MTP lambda", "bias gamma"]
-    return table(f"Recipe, batch {plan['asked_batch']:,}", columns, rows)
+    columns = ["billion tokens from", "to", "batch", "learning rate from", "to", "MTP lambda"]
+    return table("Recipe", [*columns, "bias gamma"], rows)
 
 
 def memory(plan: dict) -> rich.table.Table:

@@ -23,6 +23,11 @@ class LoadHistory:
                 self._steps = saved["steps"][kept].tolist()
                 self._loads = list(saved["loads"][kept])
 
+    def rewind(self, step: int):
+        """Forget all steps after this one, which will come again."""
+        kept = sum(saved <= step for saved in self._steps)
+        del self._steps[kept:], self._loads[kept:]
+
     def add(self, step: int, load: Float[np.ndarray, "L E"]):
         if step % self._every == 0:
             self._steps.append(step)

@@ -1,65 +1,42 @@
 """The training run: data, state, steps, evaluation, checkpoints, and what it leaves behind."""
 
 import contextlib
-import dataclasses
-import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.text
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import multihost_utils
 
 from dsv3_jax import data
+from dsv3_jax.batch_size import BatchSizes, with_batch
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.chips import multiplies_fp8
 from dsv3_jax.config import Config
 from dsv3_jax.costs import training_flops_per_token
-from dsv3_jax.fit import check_mesh, why_not
+from dsv3_jax.fit import check_mesh
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.overrides import differences, to_dict
 from dsv3_jax.stages import pipeline_of
-from dsv3_jax.training import metrics, plots
-from dsv3_jax.training.evaluate import make_evaluation, make_sampler
-from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
+from dsv3_jax.training import metrics, notes, plots
+from dsv3_jax.training.audit import Copies, paces, slow_devices
+from dsv3_jax.training.ema import HostEma
+from dsv3_jax.training.guard import Bad, Events, Guard, Spikes
+from dsv3_jax.training.held_out import HeldOut, placed
 from dsv3_jax.training.history import LoadHistory
+from dsv3_jax.training.host import process_began
+from dsv3_jax.training.ledger import Ledger, goodput
 from dsv3_jax.training.redundancy import Redundancy
-from dsv3_jax.training.state import (
-    TrainState,
-    abstract_state,
-    fresh_state,
-    layout_of,
-    state_from,
-)
+from dsv3_jax.training.state import abstract_state, fresh_state, layout_of, state_from
 from dsv3_jax.training.step import Metrics, make_step
+from dsv3_jax.training.workdir import check_workdir
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import (
-    BATCH,
-    MeshSpec,
-    make_mesh,
-    share_of_process,
-    spec_of,
-    without_stages,
-)
-
-# Fields that may differ from those a workdir was begun with: they don't change what is learned.
-FREE = (
-    "train.steps",
-    "train.eval",
-    "train.sample",
-    "checkpoint.",
-    "parallel.",
-    "pipeline.",
-    "data.cache_dir",
-    "fp8_stats",
-    "model.moe.n_redundant",
-)
+from sharding.mesh import MeshSpec, make_mesh, share_of_process, spec_of
 
 
 def train(config: Config, spec: MeshSpec, workdir: Path) -> Path:
@@ -69,27 +46,29 @@ def train(config: Config, spec: MeshSpec, workdir: Path) -> Path:
     return Run(config, spec, workdir).to_the_end()
 
 
-def check_workdir(config: Config, workdir: Path):
-    """Note the config in the workdir, or raise a ValueError if another config began it."""
-    path = workdir / "config.json"
-    if path.exists():
-        changed = differences(config, json.loads(path.read_text()))
-        fixed = [line for line in changed if not line.startswith(FREE)]
-        if fixed:
-            raise ValueError(
-                f"{workdir} was begun with another config:\n  "
-                + "\n  ".join(fixed)
-                + "\nuse that config again, or another --workdir"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
+class TooManyBad(Exception):
+    """So many steps in a row were skipped that the run has to go back."""
+
+
+class Pending(NamedTuple):
+    """A step that has been dispatched, and whose numbers are still to be read."""
+
+    step: int
+    numbers: Metrics  # on the device
+    rows: dict[str, np.ndarray]  # of its batch
+    begin: int  # its first sequence in the order
+    done: float | None  # when it was done, if dispatching waited for that
 
 
 class Run:
-    """One process's part of a run."""
+    """One process's part of a run; process 0 speaks, and each has its own folder of reports."""
 
     def __init__(self, config: Config, spec: MeshSpec, workdir: Path):
         self.config, self.workdir = config, workdir
+        process = jax.process_index()
+        self.folder = workdir / "processes" / str(process) if process else workdir
+        self.ledger, self.events = Ledger(self.folder, process_began()), Events(self.folder)
+        self.console = rich.console.Console(quiet=process > 0, highlight=False, soft_wrap=True)
         self.mesh = make_mesh(spec)
         self.layout = layout_of(config, spec_of(self.mesh))
         if self.layout.ragged and self.layout.mesh.platform == "cpu":
@@ -97,258 +76,306 @@ class Run:
                 "parallel.transport='ragged': XLA has no ragged all-to-all for CPUs; use 'padded'"
             )
         train, extra = config.train, 1 + config.model.mtp_depth
-        self.corpus = data.load(
-            config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
-        )
-        self.corpus.tokenizer.save(workdir / "tokenizer.json")
+        with self.ledger.spent_on("data"):
+            self.corpus = data.load(
+                config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
+            )
+        if process == 0:
+            self.corpus.tokenizer.save(workdir / "tokenizer.json")
+        self.sizes = BatchSizes.of(train)
         share = share_of_process(self.mesh)
-        self.loader = data.Loader(self.corpus.train, train.batch, train.seed, share)
-        self.tokens_per_step = train.batch * train.seq_len
-        policy = Policy.of(config.precision)
-        optimizer = make_optimizer(config.optimizer, policy, self.tokens_per_step)
-        self.step = make_step(config, optimizer, self.mesh, self.layout)
+        self.loader = data.Loader(self.corpus.train, self.sizes, train.seed, share)
+        self.optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
         self.pipeline = pipeline_of(config, self.layout.mesh) if spec.pp > 1 else None
-        # All that is not a training step has no stages, and gathers weights a layer at a time.
-        self.flat_mesh, self.flat_layout = self.mesh, self.layout
-        if self.pipeline is not None:
-            self.flat_mesh = without_stages(self.mesh)
-            flat = layout_of(config, spec_of(self.flat_mesh))
-            self.flat_layout = dataclasses.replace(flat, zero=3)
-        self.held_out = data.eval_batches(
-            self.corpus.held_out,
-            train.batch,
-            train.eval_batches,
-            share_of_process(self.flat_mesh),
-        )
-        how = (config, self.flat_mesh, self.flat_layout)
-        self.evaluation = make_evaluation(*how)
-        self.fp8_stats = make_fp8_stats(*how) if config.fp8_stats else None
+        self.held_out = HeldOut(config, self.mesh, self.corpus)
         kept = (config.checkpoint.keep, config.checkpoint.keep_every)
         self.checkpoints = Checkpoints(workdir / "checkpoints", *kept)
-        self.state = self._start(optimizer)
-        self.peak, self.peak_label = metrics.device_peak(jax.local_devices()[0], policy.compute)
+        self.guard, self.spikes = Guard(config.guard), Spikes(config.guard.spike)
+        self._start()
+        compute = Policy.of(config.precision).compute
+        self.peak, self.peak_label = metrics.device_peak(jax.local_devices()[0], compute)
         self.flops = training_flops_per_token(config.model, train.seq_len)
-        self.loads = LoadHistory(workdir / "expert_load.npz", self.first, train.steps)
+        self.loads = LoadHistory(self.folder / "expert_load.npz", self.first, train.steps)
+        self.programs: dict[int, jax.stages.Compiled] = {}
+        self.copies: Copies | None = None
         self.stopped_by: int | None = None
 
-    def _start(self, optimizer) -> TrainState:
-        """The newest checkpoint's state, or a fresh one; sets where the run starts."""
-        abstract = abstract_state(self.config, optimizer, self.mesh, self.layout)
-        self.first = self.checkpoints.latest_step() or 0
-        if not self.first:
-            self.redundancy = Redundancy(self.config, self.mesh)
-            if self.config.init_from is None:
-                return fresh_state(self.config, optimizer, abstract)
-            return state_from(open_weights(self.config.init_from), optimizer, abstract)
-        state, extra = self.checkpoints.restore(abstract)
-        self.loader.set_state(extra["loader"])
-        self.redundancy = Redundancy(self.config, self.mesh, extra.get("redundancy"))
-        return state
+    def _start(self):
+        """Begin with the newest checkpoint, or anew."""
+        config, optimizer = self.config, self.optimizer
+        self.abstract = abstract_state(config, optimizer, self.mesh, self.layout)
+        self.first, self.ema = self.checkpoints.latest_step() or 0, None
+        self.redundancy = Redundancy(config, self.mesh)
+        if self.first:
+            with self.ledger.spent_on("restore"):
+                self.loader.start(self.first, self._restore(self.first))
+            return
+        if config.init_from is None:
+            self.state = fresh_state(config, optimizer, self.abstract)
+        else:
+            self.state = state_from(open_weights(config.init_from), optimizer, self.abstract)
+        if config.ema.decay is not None:
+            self.ema = HostEma(self.state.params, config.ema)
+
+    def _restore(self, step: int) -> int:
+        """Take the state from the checkpoint of `step`; returns the next row of the order."""
+        wanted = self.abstract
+        if self.config.ema.decay is not None:
+            wanted = wanted._replace(ema=wanted.params)
+        state, extra = self.checkpoints.restore(wanted, step)
+        if state.ema is not None:
+            self.ema = HostEma(state.ema, self.config.ema)
+        self.state, self.first = state._replace(ema=None), step
+        self.redundancy = Redundancy(self.config, self.mesh, extra["redundancy"])
+        self.guard.restore(extra["guard"])
+        return extra["row"]
 
     def to_the_end(self) -> Path:
         """Steps until the last one, or a signal; then a sample and plots."""
         self._announce()
-        log = metrics.MetricsLog(self.workdir, self.first)
-        progress = metrics.Progress(self.config.train.steps, self.first, self.peak_label)
-        with _signals(self), progress, jax.transfer_guard("disallow"):
-            self._steps(log, progress)
-        log.close()
-        self._save(self.first)
-        self.checkpoints.close()
-        rows = metrics.read(self.workdir / "metrics.jsonl")
-        plots.plot_loss(rows, self.workdir / "plots/loss.png", self.corpus.unigram_entropy)
-        if self.config.fp8_stats:
-            plots.plot_fp8(rows, self.workdir / "plots/fp8.png")
-        if self.pipeline is not None:
-            plots.plot_pipeline(self.pipeline, self.workdir / "plots/pipeline.png")
-        if self.config.model.moe:
-            plots.plot_expert_load(*self.loads.arrays(), self.workdir / "plots/expert_load.png")
+        self.log = metrics.MetricsLog(self.folder, self.first)
+        self.progress = metrics.Progress(
+            self.config.train.steps, self.first, self.peak_label, self.console
+        )
+        with _signals(self), self.progress, jax.transfer_guard("disallow"):
+            self._steps()
+        self.log.close()
+        self._save(self.first, last=True)
+        with self.ledger.spent_on("save"):
+            self.checkpoints.close()
+        with self.ledger.spent_on("end"):
+            rows = metrics.read(self.folder / "metrics.jsonl")
+            self._draw(rows)
+            if self.stopped_by is None:
+                self._finish(rows)
+        self.ledger.write()
+        self.console.print(f"time: {goodput(self.folder)}")
         if self.stopped_by is not None:
-            print(f"stopped and saved at step {self.first}; the same command goes on from there")
+            self.console.print(
+                f"stopped and saved at step {self.first}; the same command goes on from there"
+            )
             raise SystemExit(128 + self.stopped_by)
-        self._finish(rows)
         return self.workdir
 
-    def _steps(self, log: metrics.MetricsLog, progress: metrics.Progress):
+    def _steps(self):
+        """All steps; after too many bad ones in a row, from an earlier one on."""
+        while True:
+            try:
+                with self.ledger.spent_on("step"):
+                    return self._forward()
+            except TooManyBad:
+                with self.ledger.spent_on("restore"):
+                    self._go_back()
+
+    def _forward(self):
         """Dispatch step after step; each one's numbers are read while the next one runs."""
-        config, pending, clock = self.config, None, time.perf_counter()
-        while self.first < config.train.steps and self.stopped_by is None:
-            batch = self._batch(next(self.loader), self.mesh)
-            self.state, numbers = self.step(self.state, batch, self.redundancy.slots)
+        config, pending, self.clock = self.config, None, time.perf_counter()
+        start = self.first
+        while self.first < config.train.steps and not self._stops():
+            begin = self.loader.row
+            with self.ledger.spent_on("data"):
+                rows = next(self.loader)
+            numbers = self._step(placed(rows["tokens"], self.mesh))
+            done = time.perf_counter() if numbers.lr.is_ready() else None
             self.first += 1
+            self.ledger.steps(start, self.first)
             if pending is not None:
-                clock = self._report(log, progress, *pending, clock)
-            pending = (self.first, numbers)
-            last = self.first == config.train.steps
-            evaluates = last or self.first % config.train.eval_every == 0
-            saves = self.first % config.checkpoint.every == 0
-            if evaluates or saves or self.redundancy.due(self.first):
-                clock = self._report(log, progress, *pending, clock)
+                self._report(pending)
+            pending = Pending(self.first, numbers, rows, begin, done)
+            due = self._due()
+            if any(due.values()) or self.redundancy.due(self.first):
+                self._report(pending)
                 pending = None
-            if evaluates:
-                self._evaluate(log, progress)
-            if saves:
-                self._save(self.first)
-            if pending is None:
-                clock = time.perf_counter()
+                for act in (act for act, now in due.items() if now):
+                    act()
+                self.clock = time.perf_counter()
         if pending is not None:
-            self._report(log, progress, *pending, clock)
+            self._report(pending)
 
-    def _batch(self, rows: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-        """Rows on the devices, with rows without targets where they cannot be shared out evenly."""
-        sharding = NamedSharding(mesh, BATCH)
-        tokens = rows["tokens"]
-        more = -len(tokens) % (spec_of(mesh).data // share_of_process(mesh)[1])
-        mask = np.pad(np.ones(tokens.shape, bool), ((0, more), (0, 0)))
-        both = (np.pad(tokens, ((0, more), (0, 0))), mask)
-        return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in both))
+    def _due(self) -> dict[Callable, bool]:
+        """What is to be done after this step, and whether it is."""
+        config, step = self.config, self.first
+        audits = config.guard.audit_every
+        return {
+            self._evaluate: step == config.train.steps or step % config.train.eval_every == 0,
+            self._audit: audits is not None and step % audits == 0,
+            self._save: step % config.checkpoint.every == 0,
+        }
 
-    def _report(self, log, progress, step: int, numbers: Metrics, since: float) -> float:
-        """Log one step's numbers once it has run; returns when that was."""
-        numbers = jax.device_get(numbers)
-        now = time.perf_counter()
-        speed = self.tokens_per_step / (now - since)
-        if numbers.router is not None:
-            self._check(step, numbers.router.lost)
+    def _stops(self) -> bool:
+        """Whether a signal ends the run here; all processes agree on the step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.first):
+            self.stopped_by = signal.SIGTERM
+        return self.stopped_by is not None
+
+    def _step(self, batch: Batch) -> Metrics:
+        """Dispatch a step; the first of a batch size compiles its program."""
+        size = self.sizes.size(self.first)
+        arguments = (self.state, batch, self.redundancy.slots)
+        if size not in self.programs:
+            with self.ledger.spent_on("compile"):
+                how = (self.optimizer, self.mesh, self.layout, self.sizes)
+                step = make_step(with_batch(self.config, size), *how)
+                self.programs[size] = step.lower(*arguments).compile()
+            self.clock = time.perf_counter()
+        self.state, numbers = self.programs[size](*arguments)
+        if self.ema is not None:
+            self.ema.update(self.first + 1, self.state.params)
+        return numbers
+
+    def _report(self, pending: Pending):
+        """Log one step's numbers once it has run."""
+        step, numbers = pending.step, jax.device_get(pending.numbers)
+        done = pending.done or time.perf_counter()
+        n_tokens = self.sizes.size(step - 1) * self.sizes.seq_len
+        speed, self.clock = n_tokens / (done - self.clock), done
+        if numbers.router is not None and not numbers.skipped:
             self.loads.add(step, numbers.router.load)
             self.redundancy.observe(step, numbers.router.load)
-        log.log(self._row(step, numbers) | {"tokens_per_second": speed})
-        progress.update(
+        seen = self.sizes.sequences(step) * self.sizes.seq_len
+        row = notes.row_of(step, seen, numbers)
+        self.log.log(row | {"tokens_per_second": speed})
+        self.progress.update(
             step,
-            loss=float(numbers.losses.main),
+            loss=row["loss"],
             tokens_per_second=speed,
             utilization=speed * self.flops / (self.peak * self.mesh.size),
         )
-        return now
+        self._judge(pending, numbers)
 
-    def _check(self, step: int, lost: np.ndarray):
-        """Raise a FloatingPointError that names the layers whose router had no finite logits."""
-        if not lost.any():
+    def _judge(self, pending: Pending, numbers: Metrics):
+        """Note a step that was skipped, or a loss that stands out."""
+        step, loss = pending.step, float(numbers.losses.main)
+        batch = notes.identity(pending.rows, pending.begin, self.sizes.size(step - 1))
+        if numbers.skipped:
+            why = notes.why_skipped(numbers, self.config.model)
+            self._note("skipped", f"step {step:,} skipped: {why}; {batch}", step=step)
+            if self.guard.bad(Bad(step, why, batch)):
+                raise TooManyBad
             return
-        end = self.config.model.n_layers
-        names = [
-            f"layer {layer}" if layer < end else f"MTP module {layer - end + 1}"
-            for layer in np.flatnonzero(lost) + self.config.model.n_dense
-        ]
-        saved = self.checkpoints.latest_step()
-        kept = f"the newest checkpoint is that of step {saved}" if saved else "there is none yet"
-        raise FloatingPointError(
-            f"step {step}: the router logits of {int(lost.max()):,} tokens are not finite in "
-            f"{', '.join(names)}; they were not routed. No checkpoint holds this step; {kept}. Try "
-            f"a lower optimizer.peak_lr or precision.compute=float32"
+        self.guard.good()
+        if above := self.spikes.stands_out(loss):
+            text = f"step {step:,}: loss {loss:.4f} stands {above:.1f} deviations out; {batch}"
+            self._note("spike", text, step=step)
+
+    def _go_back(self):
+        """Take the state of an earlier checkpoint, and go on behind the data that has come."""
+        bad, saved = self.guard.row, self.checkpoints.steps()
+        step = self.guard.way_back(saved)
+        summary = (
+            f"{len(bad)} steps in a row, to step {bad[-1].step:,}, were skipped: {bad[-1].why}"
+        )
+        if step is None:
+            there = f"only those of {saved}" if saved else "none"
+            raise FloatingPointError(
+                f"{summary}. There is no earlier checkpoint to go back to ({there}); try a lower "
+                f"optimizer.peak_lr or precision.compute=float32, and look at {bad[0].batch}"
+            )
+        row, guard = self.loader.row, self.guard.saved()
+        self._restore(step)
+        self.guard.restore(guard)
+        self.loader.start(step, row)
+        self.checkpoints.forget_after(step)
+        self.log.rewind(step)
+        self.loads.rewind(step)
+        text = f"{summary}; back to step {step:,}, and on behind their data"
+        self._note("rolled back", text, step=step)
+
+    def _note(self, event: str, text: str, **facts):
+        """Say something, and keep it in events.jsonl."""
+        self.events.add(event, text=text, **facts)
+        self.console.print(text, markup=False)
+
+    def _evaluate(self):
+        with self.ledger.spent_on("evaluate"):
+            mean = None if self.ema is None else self.ema.params()
+            row = self.held_out.measure(self.state.params, self.state.bias, mean)
+        self.log.log({"step": self.first} | row)
+        average = f", of the mean weights {row['eval_ema_loss']:.4f}" if self.ema else ""
+        self.progress.print(
+            f"step {self.first:,}: held-out loss {row['eval_loss']:.4f} (unigram entropy of the "
+            f"same text {self.corpus.unigram_entropy:.4f}), second token "
+            f"{row['eval_mtp_loss']:.4f}{average}"
         )
 
-    def _row(self, step: int, numbers: Metrics) -> dict[str, int | float]:
-        router = numbers.router
-        row = {
-            "step": step,
-            "tokens": step * self.tokens_per_step,
-            "loss": float(numbers.losses.main),
-            "mtp_loss": float(numbers.losses.mtp),
-            "balance_loss": float(numbers.losses.balance),
-            "grad_norm": float(numbers.grad_norm),
-            "lr": float(numbers.lr),
-        }
-        if router is not None:
-            row["max_violation"] = float(plots.max_violation(router.load).max())
-            row["dropped_tokens"] = int(router.load.sum() - router.sent.sum())
-            row["dispatch_rounds"] = int(router.rounds.max())
-        return row
+    def _audit(self):
+        with self.ledger.spent_on("audit"):
+            if self.copies is None:
+                self.copies = Copies(self.state, self.state.params, self.mesh, self.layout)
+            found = self.copies.differ(self.state, self.state.params)
+            found += slow_devices(paces(self.mesh))
+        for text in found:
+            self._note("audit", f"step {self.first:,}: {text}", step=self.first)
 
-    def _evaluate(self, log: metrics.MetricsLog, progress: metrics.Progress):
-        batches = [self._batch(rows, self.flat_mesh) for rows in self.held_out]
-        losses = [self.evaluation(self.state.params, self.state.bias, b) for b in batches]
-        main, mtp = np.mean([jax.device_get((x.main, x.mtp)) for x in losses], axis=0)
-        floor = self.corpus.unigram_entropy
-        row = {"step": self.first, "eval_loss": float(main), "eval_mtp_loss": float(mtp)}
-        if self.fp8_stats:
-            counts = self.fp8_stats(self.state.params, self.state.bias, batches[0])
-            row |= shares(jax.device_get(counts))
-        log.log(row)
-        progress.print(
-            f"step {self.first:,}: held-out loss {main:.4f} (unigram entropy of the same text "
-            f"{floor:.4f}), second token {mtp:.4f}"
-        )
-
-    def _save(self, step: int):
-        if step not in (0, self.checkpoints.latest_step()):
-            self.checkpoints.save(step, self.state, self._beside())
-            self.loads.save()
+    def _save(self, step: int | None = None, last: bool = False):
+        """Save; a failure is an error at the end of a run alone, for before it is still going."""
+        step = self.first if step is None else step
+        try:
+            with self.ledger.spent_on("save"):
+                if step not in (0, self.checkpoints.latest_step()):
+                    mean = None if self.ema is None else self.ema.params()
+                    self.checkpoints.save(step, self.state._replace(ema=mean), self._beside())
+                    self.loads.save()
+        except OSError as error:
+            if last:
+                raise
+            self._note("not saved", f"{error}\nTraining goes on.", step=step)
 
     def _beside(self) -> dict:
         """What a checkpoint holds besides the state."""
-        return {"loader": self.loader.get_state(), "redundancy": self.redundancy.saved()}
+        return {
+            "row": self.loader.row,
+            "redundancy": self.redundancy.saved(),
+            "guard": self.guard.saved(),
+        }
 
     def _announce(self):
-        model, corpus = self.config.model, self.corpus
         count = sum(x.size for x in jax.tree.leaves(self.state.params))
-        init = self.config.init_from
-        start = f"starting with the weights of {init}" if init else "starting"
-        where = f"resuming at step {self.first}" if self.first else start
-        print(
-            f"{self.config.name}: {count:,} parameters on mesh {self.layout.mesh} "
-            f"({self.mesh.size} {jax.default_backend()} devices), {where}\n"
-            f"text: {self.config.data.source}, {corpus.n_train_tokens:,} tokens of "
-            f"{model.vocab_size:,}; held out, unigram entropy {corpus.unigram_entropy:.4f} nats\n"
-            f"{self._pipeline_note()}{self._fp8_note()}"
-            f"writing to {self.workdir}: metrics.jsonl, tensorboard/, checkpoints/, plots/",
-            flush=True,
-        )
+        mesh = self.layout.mesh
+        lines = [notes.announcement(self.config, mesh, self.corpus, count, self.first)]
+        if self.pipeline is not None:
+            lines.append(notes.of_pipeline(self.config, mesh, self.pipeline))
+        lines += [notes.of_fp8(self.config)] * bool(notes.of_fp8(self.config))
+        lines.append(f"writing to {self.workdir}: metrics.jsonl, checkpoints/, plots/ and more")
+        self.console.print("\n".join(lines), markup=False)
 
-    def _pipeline_note(self) -> str:
-        if self.pipeline is None:
-            return ""
-        why = ""
-        if self.config.pipeline.schedule == "auto" and self.pipeline.table.schedule.name == "zb1p":
-            why = f" ({why_not('dualpipe', self.config, self.layout.mesh)})"
-        return f"pipeline: {self.pipeline}{why}\n"
-
-    def _fp8_note(self) -> str:
-        kind = jax.local_devices()[0].device_kind
-        if self.config.precision.products != "fp8" or multiplies_fp8(kind):
-            return ""
-        return (
-            f"precision.products=fp8: {kind} devices emulate it; that is as exact, but no faster\n"
-        )
+    def _draw(self, rows: list[dict]):
+        folder = self.folder / "plots"
+        plots.plot_loss(rows, folder / "loss.png", self.corpus.unigram_entropy)
+        if self.config.fp8_stats:
+            plots.plot_fp8(rows, folder / "fp8.png")
+        if self.pipeline is not None:
+            plots.plot_pipeline(self.pipeline, folder / "pipeline.png")
+        if self.config.model.moe:
+            plots.plot_expert_load(*self.loads.arrays(), folder / "expert_load.png")
 
     def _finish(self, rows: list[dict]):
         """A continuation of held-out text, and where everything lies."""
         evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
         floor = self.corpus.unigram_entropy
-        prompt, text = self._sample()
+        prompt, text = self.held_out.sample(self.state.params, self.state.bias)
         sample = rich.text.Text.assemble("\nsample: ", prompt, (text, "bold"), "\n")
-        rich.console.Console(highlight=False, soft_wrap=True).print(sample)
-        print(
+        self.console.print(sample)
+        self.console.print(
             f"done: held-out loss {evals[-1]:.4f}, {floor - evals[-1]:.4f} nats below the unigram "
-            f"entropy {floor:.4f}; plots in {self.workdir / 'plots'}"
+            f"entropy {floor:.4f}; plots in {self.workdir / 'plots'}",
+            markup=False,
         )
-
-    def _sample(self) -> tuple[str, str]:
-        """Prompt from the held-out text, and what the model makes of it."""
-        shares, new = self.flat_layout.mesh.data, self.config.train.sample_tokens
-        prompt = np.asarray(self.corpus.held_out[0][:16])
-        rows = np.zeros((shares, prompt.size + new), np.int32)
-        rows[:, : prompt.size] = prompt
-        keys = jax.random.split(jax.random.key(self.config.train.seed), shares)
-        sharding = NamedSharding(self.flat_mesh, BATCH)
-        rows = jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
-        keys = jax.device_put(jax.random.key_data(keys), sharding)
-        sampler = make_sampler(self.config, self.flat_mesh, self.flat_layout)
-        out = sampler(self.state.params, self.state.bias, rows, jnp.int32(prompt.size), keys)
-        row = np.asarray(out.addressable_shards[0].data)[0]
-        decode = self.corpus.tokenizer.decode
-        return decode(prompt.tolist()), decode(row[prompt.size :].tolist())
 
 
 @contextlib.contextmanager
 def _signals(run: Run):
-    """Ctrl-C or SIGTERM ends the run after the step under way; a second one at once."""
+    """Ctrl-C or SIGTERM ends the run after the step under way; a second one at once.
+
+    Where there are several processes, JAX's own service takes SIGTERM for all of them.
+    """
 
     def stop(number, frame):
         run.stopped_by = number
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+    before = {number: signal.signal(number, stop) for number in caught}
     try:
         yield
     finally:

@@ -39,15 +39,24 @@ class MetricsLog:
 
         Rows of later steps, which a killed run has left and this one will repeat, are removed.
         """
-        path = Path(workdir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first = 0 if resume_step is None else resume_step + 1
-        kept = [] if resume_step is None or not path.exists() else read(path)
-        write_atomically(path, "".join(_line(row) for row in kept if row["step"] < first))
-        self._file = path.open("a")
+        self._path = Path(workdir) / "metrics.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is None:
+            self._path.unlink(missing_ok=True)
+        self._open(resume_step or 0)
+
+    def _open(self, step: int):
+        kept = read(self._path) if self._path.exists() else []
+        write_atomically(self._path, "".join(_line(row) for row in kept if row["step"] <= step))
+        self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(
-            str(path.parent / "tensorboard"), purge_step=first, flush_secs=10
+            str(self._path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10
         )
+
+    def rewind(self, step: int):
+        """Remove the rows of all steps after this one, which will come again."""
+        self.close()
+        self._open(step)
 
     def log(self, row: dict[str, int | float]):
         """Write one row, which has a "step"; it is in the file when this returns.

@@ -1,5 +1,6 @@
 """What training carries from step to step, and where it lies on the mesh."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ class TrainState(NamedTuple):
     params: nnx.State  # master weights
     bias: nnx.State  # balance bias of every MoE layer
     optimizer: optax.OptState
+    usual_norm: jax.Array | jax.ShapeDtypeStruct  # [] mean of the last gradient norms
+    ema: nnx.State | None = None  # mean of the params; in checkpoints, else on the host
 
 
 def layout_of(config: Config, mesh: MeshSpec) -> Layout:
@@ -54,12 +57,25 @@ def make_model(config: Config) -> DeepSeekV3:
     return DeepSeekV3(config.model, policy, rngs=nnx.Rngs(config.train.seed))
 
 
+def first_state(
+    params: nnx.State, bias: nnx.State, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step, with these numbers."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        bias=bias,
+        optimizer=optimizer.init(params),
+        usual_norm=jnp.zeros((), jnp.float32),
+    )
+
+
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; to be traced, so that it is born sharded."""
     policy = Policy.of(config.precision)
     _, params, bias, _ = parts_of(make_model(config))
     params = jax.tree.map(lambda x: x.astype(policy.master), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
+    return first_state(params, bias, optimizer)
 
 
 def abstract_state(
@@ -88,10 +104,8 @@ def state_from(
     with progress(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
         arrays = source.load(wanted, advance=advance)
 
-    def begin(params, bias) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, bias, optimizer.init(params))
-
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    begin = functools.partial(first_state, optimizer=optimizer)
     start = jax.jit(begin, out_shardings=shardings, donate_argnums=(0, 1))
     return start(filled(abstract.params, arrays), filled(abstract.bias, arrays))
 

@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.chips import compiler_options
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, GuardConfig
 from dsv3_jax.layers.linear import assemble, in_fp8, of_parameters, specs
 from dsv3_jax.layers.moe import RouterStats
 from dsv3_jax.losses import Batch, Losses, training_loss
@@ -25,11 +26,13 @@ from dsv3_jax.optimizer import (
     moved_bias,
     mtp_weight,
 )
-from dsv3_jax.shapes import Array
+from dsv3_jax.shapes import Array, Float32, Int
 from dsv3_jax.training.pipelined import pipelined
 from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
 from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
 from sharding.rules import Layout
+
+USUAL_STEPS = 100  # gradient norms that make the usual one
 
 
 class Metrics(NamedTuple):
@@ -37,8 +40,10 @@ class Metrics(NamedTuple):
 
     losses: Losses  # means over the global batch
     grad_norm: Array  # [] before clipping
+    allowed_norm: Array  # [] above it the step is skipped
     lr: Array  # []
     router: RouterStats | None  # of every MoE layer over the global batch, MTP layers last
+    skipped: Array  # [] whether the state stayed as it was
 
 
 def ready(
@@ -116,42 +121,63 @@ def make_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | AbstractMesh,
     layout: Layout,
+    sizes: BatchSizes | None = None,
 ) -> Callable:
     """(state, batch, extra) -> (state, metrics): the program that training runs.
 
     `extra` [L R] is the expert in each further slot of every MoE layer, MTP last; None if R = 0.
+
+    Args:
+        sizes: batches of the whole run, where that of `config` is one of several.
     """
     compute = loss_and_gradients(config, mesh, layout)
-    tokens_per_step = config.train.batch * config.train.seq_len
+    sizes = sizes or BatchSizes.of(config.train)
 
     def step(
         state: TrainState, batch: Batch, extra: Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        tokens = state.step.astype(jnp.float32) * tokens_per_step
+        tokens = sizes.tokens(state.step)
         weight = mtp_weight(config.losses, tokens)
         losses, stats, grads = compute(state.params, state.bias, batch, weight, extra)
+        rate = learning_rate(config.optimizer, state.step, tokens)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
         bias = state.bias
         if stats is not None:
             bias = update_bias(bias, stats.load, bias_rate(config.losses, tokens))
-        metrics = Metrics(
-            losses=losses,
-            grad_norm=optax.tree.norm(grads),
-            lr=learning_rate(config.optimizer, state.step, tokens_per_step),
-            router=stats,
+        norm = optax.tree.norm(grads)
+        allowed = allowed_norm(state, config.guard)
+        good = norm <= allowed  # not if it is not a number
+        if stats is not None:
+            good = good & ~stats.lost.any()
+        moved = TrainState(
+            state.step + 1, params, bias, moments, usual_norm(state.usual_norm, norm, state.step)
         )
-        return TrainState(state.step + 1, params, bias, moments), metrics
+        state = jax.tree.map(lambda new, old: jax.lax.select(good, new, old), moved, state)
+        return state, Metrics(losses, norm, allowed, rate, stats, ~good)
 
     kind = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].device_kind
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(kind) or None)
+
+
+def allowed_norm(state: TrainState, guard: GuardConfig) -> Float32[Array, ""]:
+    """The largest gradient norm that a step may have; any finite one at the beginning."""
+    most = jnp.finfo(jnp.float32).max
+    return jnp.where(state.step < USUAL_STEPS, most, guard.skip_above * state.usual_norm)
+
+
+def usual_norm(
+    usual: Float32[Array, ""], norm: Float32[Array, ""], step: Int[Array, ""]
+) -> Float32[Array, ""]:
+    """The mean of the norms so far, later of about the last `USUAL_STEPS`."""
+    return usual + (norm - usual) / jnp.minimum(step + 1, USUAL_STEPS).astype(jnp.float32)
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The program that training runs on `mesh`, lowered for its devices; nothing is run."""
     layout = layout_of(config, spec_of(mesh))
     train, policy = config.train, Policy.of(config.precision)
-    optimizer = make_optimizer(config.optimizer, policy, train.batch * train.seq_len)
+    optimizer = make_optimizer(config.optimizer, policy)
     state = abstract_state(config, optimizer, mesh, layout)
     shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)
     place = placement(mesh, BATCH)

@@ -1,0 +1,38 @@
+"""The folder of a run: what may change between two starts in it, and what may not."""
+
+import json
+from pathlib import Path
+
+from dsv3_jax.config import Config
+from dsv3_jax.overrides import differences, to_dict
+from dsv3_jax.training.metrics import write_atomically
+
+# Fields that may differ from those a workdir was begun with: they don't change what is learned.
+FREE = (
+    "train.steps",
+    "train.eval",
+    "train.sample",
+    "checkpoint.",
+    "parallel.",
+    "pipeline.",
+    "data.cache_dir",
+    "fp8_stats",
+    "guard.",
+    "model.moe.n_redundant",
+)
+
+
+def check_workdir(config: Config, workdir: Path):
+    """Note the config in the workdir, or raise a ValueError if another config began it."""
+    path = workdir / "config.json"
+    if path.exists():
+        changed = differences(config, json.loads(path.read_text()))
+        fixed = [line for line in changed if not line.startswith(FREE)]
+        if fixed:
+            raise ValueError(
+                f"{workdir} was begun with another config:\n  "
+                + "\n  ".join(fixed)
+                + "\nuse that config again, or another --workdir"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
