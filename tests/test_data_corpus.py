@@ -11,7 +11,7 @@ import pytest
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data import PackedRows, load, load_tokenizer, unigram_entropy
-from dsv3_jax.data.cache import SIZES, cached
+from dsv3_jax.data.cache import RECORD, cached
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def test_changed_text_is_read_anew(data):
     assert small(data).n_train_tokens > before
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "no sizes"])
+@pytest.mark.parametrize("harm", ["truncate", "remove", "no record"])
 def test_damaged_cache_is_built_again(data, tmp_path, capsys, harm):
     first = np.array(small(data).train.tokens)
     (path,) = (tmp_path / "cache").glob("tokens-*/train.npy")
     if harm == "truncate":
         path.write_bytes(path.read_bytes()[:-5])
     else:
-        (path if harm == "remove" else path.with_name(SIZES)).unlink()
+        (path if harm == "remove" else path.with_name(RECORD)).unlink()
     capsys.readouterr()
     np.testing.assert_array_equal(small(data).train.tokens, first)
     assert "is damaged; building it again" in capsys.readouterr().out
