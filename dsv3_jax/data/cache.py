@@ -51,6 +51,11 @@ def is_whole(folder: Path) -> bool:
     return record.is_file() and record.read_bytes() == _record(folder)
 
 
+def fingerprint(folder: Path) -> str:
+    """A hash of what a whole folder holds; the same on every machine, whenever it was built."""
+    return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+
+
 def _record(folder: Path) -> bytes:
     """Name, size and CRC of every file."""
     paths = sorted(path for path in folder.iterdir() if path.name != RECORD)
