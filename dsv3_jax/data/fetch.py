@@ -1,6 +1,6 @@
 """Text and word lists from Debian's archive, for runs that need more than the instant corpus.
 
-    python -m dsv3_jax.data.fetch debian-docs    about 27M tokens of documentation and a dictionary
+    python -m dsv3_jax.data.fetch debian-docs    documentation and a dictionary, 97M characters
     python -m dsv3_jax.data.fetch wordnet        WordNet's database files
 
 Packages are downloaded by apt-get and unpacked into one folder, whole or not at all; nothing is
