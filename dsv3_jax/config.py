@@ -133,13 +133,15 @@ class ModelConfig:
 class DataConfig:
     """Where text comes from: "instant", or a file, folder, glob or .jsonl; how it is tokenized.
 
-    Of the text to train on, a share `fim_rate` of the documents has its middle behind its end, to
-    be filled in, and a share `split_rate` of the tokens that merge punctuation and line breaks is
-    split (report sec. 4.1: 0.1, and "a certain proportion").
+    Lines of .jsonl that are no document end the run (`bad_lines="refuse"`), or are left out and
+    counted ("skip"). Of the text to train on, a share `fim_rate` of the documents has its middle
+    behind its end, to be filled in, and a share `split_rate` of the tokens that merge punctuation
+    and line breaks is split (report sec. 4.1: 0.1, and "a certain proportion").
     """
 
     source: str = "instant"
     text_field: str = "text"
+    bad_lines: str = "refuse"
     tokenizer: str = "bpe"
     held_out: float = 0.02
     fim_rate: float = 0.0
@@ -147,6 +149,7 @@ class DataConfig:
     cache_dir: str = "runs/cache"
 
     def __post_init__(self):
+        _check_choice("data.bad_lines", self.bad_lines, ("refuse", "skip"))
         for name in ("fim_rate", "split_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must lie in 0..1 (a share)")

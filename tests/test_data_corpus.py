@@ -1,27 +1,31 @@
 """From text to packed rows: what the tokens say, the cache, and what the errors say."""
 
+import dataclasses
 import math
 import os
 import pickle
 import random
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data import PackedRows, load, load_tokenizer, unigram_entropy
-from dsv3_jax.data.cache import SIZES, cached
+from dsv3_jax.data.cache import RECORD, cached
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Forty documents of random words, about 100,000 characters."""
+    """Forty documents of random words, about 30,000 characters."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 7))) for _ in range(300)]
     (tmp_path / "text").mkdir()
     for i in range(40):
-        (tmp_path / "text" / f"{i}.txt").write_text(f"{i}: " + " ".join(rng.choices(words, k=500)))
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i}: " + " ".join(rng.choices(words, k=150)))
     cache = str(tmp_path / "cache")
     return DataConfig(source=str(tmp_path / "text"), held_out=0.1, cache_dir=cache)
 
@@ -62,17 +66,99 @@ def test_changed_text_is_read_anew(data):
     assert small(data).n_train_tokens > before
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "no sizes"])
-def test_damaged_cache_is_built_again(data, tmp_path, capsys, harm):
-    first = np.array(small(data).train.tokens)
-    (path,) = (tmp_path / "cache").glob("tokens-*/train.npy")
+def flip(path, bit: int):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+FILES = [
+    "tokens-*/train.npy",
+    "tokens-*/held_out.npy",
+    "bpe-*/tokenizer.json",
+    f"tokens-*/{RECORD}",
+]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove", "flip"])
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_cache_is_built_again(data, tmp_path, capsys, name, harm):
+    first = small(data)
+    tokens = np.array(first.train.tokens)
+    (path,) = (tmp_path / "cache").glob(name)
+    size = path.stat().st_size
     if harm == "truncate":
         path.write_bytes(path.read_bytes()[:-5])
+    elif harm == "remove":
+        path.unlink()
     else:
-        (path if harm == "remove" else path.with_name(SIZES)).unlink()
+        flip(path, 8 * size - 20)
     capsys.readouterr()
-    np.testing.assert_array_equal(small(data).train.tokens, first)
-    assert "is damaged; building it again" in capsys.readouterr().out
+    again = small(data)
+    np.testing.assert_array_equal(again.train.tokens, tokens)
+    assert again.fingerprint == first.fingerprint
+    assert f"{path.parent} is damaged; building it again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_is_found(data, tmp_path, capsys, name):
+    """50 of each file: the folder is built again, here from a copy, and is what it was."""
+    small(data)
+    (path,) = (tmp_path / "cache").glob(name)
+    spare = shutil.copytree(path.parent, tmp_path / "spare")
+    (spare / RECORD).unlink()
+    whole = path.read_bytes()
+    capsys.readouterr()
+    for bit in random.Random(0).sample(range(8 * len(whole)), 50):
+        flip(path, bit)
+        cached(path.parent, lambda fresh: shutil.copytree(spare, fresh, dirs_exist_ok=True))
+        assert path.read_bytes() == whole
+    assert capsys.readouterr().out.count("is damaged; building it again") == 50
+
+
+def test_clock_jumps_cost_one_build_and_change_nothing(data, monkeypatch):
+    """A file's time far ahead, then far back: the text is read again, once each."""
+    first, path = small(data), Path(data.source, "0.txt")
+    for time in (2**33, 5):
+        os.utime(path, (time, time))
+        assert small(data).fingerprint == first.fingerprint
+        with monkeypatch.context() as without:
+            without.setattr("dsv3_jax.data.corpus.documents", None)
+            assert small(data).fingerprint == first.fingerprint
+
+
+def test_fingerprint_tells_texts_and_tokenizers_apart(data, tmp_path):
+    corpora = [small(data), small(data, vocab_size=390)]
+    corpora.append(small(dataclasses.replace(data, held_out=0.2)))
+    corpora.append(small(dataclasses.replace(data, fim_rate=0.5)))
+    path = Path(data.source, "0.txt")
+    text, stat = path.read_text(), path.stat()
+    path.write_text(text.replace("a", "b", 1))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    corpora.append(small(data))
+    assert len({corpus.fingerprint for corpus in corpora}) == 5
+    path.write_text(text)
+    elsewhere = dataclasses.replace(data, cache_dir=str(tmp_path / "elsewhere"))
+    assert small(elsewhere, seq_len=32).fingerprint == corpora[0].fingerprint
+
+
+def test_bad_lines_are_refused_though_a_cache_without_them_is_there(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "some text of a document"}\n' * 50 + "{}\n")
+    data = DataConfig(source=str(path), held_out=0.3, cache_dir=str(tmp_path / "cache"))
+    assert small(dataclasses.replace(data, bad_lines="skip"), seq_len=4).n_train_tokens > 50
+    with pytest.raises(ValueError, match="line 51: no field"):
+        small(data, seq_len=4)
+    with pytest.raises(ValueError, match="data.bad_lines='skp'"):
+        dataclasses.replace(data, bad_lines="skp")
+
+
+def test_tokenizer_without_an_end_is_refused_before_text_is_read(data, tmp_path, monkeypatch):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr("dsv3_jax.data.corpus.documents", None)
+    with pytest.raises(ValueError, match="no end-of-document token"):
+        small(dataclasses.replace(data, tokenizer=str(tmp_path / "tokenizer.json")))
 
 
 def test_failed_build_leaves_nothing(tmp_path):

@@ -75,6 +75,48 @@ def test_missing_tokenizer_file(tmp_path):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is no tokenizer.json .EOF"),
+        (bytes(500), "is no tokenizer.json .expected value"),
+        (b"[1]", "is no tokenizer.json"),
+        (b'{"text": "other JSON"}', "is no tokenizer.json"),
+        (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a z"]}}', "out of vocabulary"),
+        (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "has no tokens"),
+    ],
+)
+def test_damaged_tokenizer_file(tmp_path, content, says):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"data.tokenizer='{path}': .*{says}"):
+        load_tokenizer(str(path))
+
+
+def test_cut_tokenizer_file(bpe, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    content = bpe.backend.to_str().encode()
+    for length in range(1, len(content), len(content) // 50):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="is no tokenizer.json"):
+            load_tokenizer(str(path))
+
+
+def test_folder_in_place_of_a_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is a folder; name a tokenizer.json in it"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_settings_in_the_file_neither_cut_nor_fill(bpe, tmp_path):
+    """A tokenizer.json keeps the truncation and padding that it was last used with."""
+    backend = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=7)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert loaded.encode_batch([TEXT[0], "x"]) == bpe.encode_batch([TEXT[0], "x"])
+
+
 def test_tokenizer_without_an_end():
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(ValueError, match="no end-of-document token; add one of .*</s>"):

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-FORMAT = 1  # raise it when the meaning of a cached file changes
-SIZES = "sizes.json"
+FORMAT = 2  # raise it when the meaning of a cached file changes
+RECORD = ".record.json"  # hidden, so that it is no document of a folder of text
+CHUNK = 1 << 20  # bytes
 
 
 def key(*parts) -> str:
@@ -20,10 +22,10 @@ def key(*parts) -> str:
 def cached(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`, which `build` has filled now or in an earlier run.
 
-    `build` writes into a scratch folder that takes its name in one step. A folder whose files do
-    not have the recorded sizes is built again, and a line says so.
+    `build` writes into a scratch folder that takes its name in one step. A folder whose files are
+    not those of its record, by size and CRC, is built again, and a line says so.
     """
-    if _is_whole(folder):
+    if is_whole(folder):
         return folder
     if folder.exists():
         print(f"the cache {folder} is damaged; building it again")
@@ -33,22 +35,36 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
         fresh = Path(scratch, folder.name)
         fresh.mkdir()
         build(fresh)
-        (fresh / SIZES).write_text(json.dumps(_sizes(fresh)))
+        (fresh / RECORD).write_bytes(_record(fresh))
         try:
             os.replace(fresh, folder)
         except OSError:
             # Another process was faster; its folder serves as well if it is whole.
-            if not _is_whole(folder):
+            if not is_whole(folder):
                 raise
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        return json.loads((folder / SIZES).read_text()) == _sizes(folder)
-    except (FileNotFoundError, ValueError):
-        return False
+def is_whole(folder: Path) -> bool:
+    """Whether the files of `folder` are, bit for bit, those that `cached` left there."""
+    record = folder / RECORD
+    return record.is_file() and record.read_bytes() == _record(folder)
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != SIZES}
+def fingerprint(folder: Path) -> str:
+    """A hash of what a whole folder holds; the same on every machine, whenever it was built."""
+    return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+
+
+def _record(folder: Path) -> bytes:
+    """Name, size and CRC of every file."""
+    paths = sorted(path for path in folder.iterdir() if path.name != RECORD)
+    return json.dumps({path.name: [path.stat().st_size, _crc(path)] for path in paths}).encode()
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc

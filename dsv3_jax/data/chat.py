@@ -100,8 +100,6 @@ def load_prompts(directory: str | Path) -> Prompts:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; copy the model's tokenizer.json there")
     tokenizer = load_tokenizer(str(path))
-    tokenizer.backend.no_truncation()  # the file may hold these settings from its training
-    tokenizer.backend.no_padding()
     config = _json_object(folder / "tokenizer_config.json")
     special = _special_tokens(config)
     adds_bos = _adds_bos(tokenizer, special, config.get("add_bos_token"))

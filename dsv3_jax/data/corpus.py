@@ -10,7 +10,7 @@ from rich.console import Console
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.augment import augmented
-from dsv3_jax.data.cache import cached, key
+from dsv3_jax.data.cache import cached, fingerprint, key
 from dsv3_jax.data.packing import PackedRows, tokenize, unigram_entropy
 from dsv3_jax.data.source import documents, identity
 from dsv3_jax.data.split import split
@@ -26,7 +26,8 @@ class Corpus:
     """Both sides of the text as rows, and what made them.
 
     `unigram_entropy` is in nats a token of the held-out text: the least cross-entropy of a model
-    that knows how often each token occurs there, and nothing else.
+    that knows how often each token occurs there, and nothing else. `fingerprint` changes with any
+    token of either side and with the tokenizer, not with file times, machines or row lengths.
     """
 
     train: PackedRows
@@ -34,6 +35,7 @@ class Corpus:
     tokenizer: Tokenizer
     unigram_entropy: float
     n_train_tokens: int
+    fingerprint: str
 
 
 def load(data: DataConfig, *, vocab_size: int, seq_len: int, extra: int) -> Corpus:
@@ -46,26 +48,39 @@ def load(data: DataConfig, *, vocab_size: int, seq_len: int, extra: int) -> Corp
         FileNotFoundError: no such source or tokenizer.
         ValueError: too little text, or a tokenizer with more than `vocab_size` ids.
     """
-    origin = [identity(data.source), data.text_field, data.held_out]
-    sides = functools.cache(lambda: split(documents(data.source, data.text_field), data.held_out))
+    read = (data.source, data.text_field, data.bad_lines)
+    origin = [identity(data.source), *read[1:], data.held_out]
+    sides = functools.cache(lambda: split(documents(*read), data.held_out))
     if data.tokenizer == "bpe":
         tokenizer = _trained_tokenizer(data, vocab_size, origin, sides)
     else:
         tokenizer = load_tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"data.tokenizer={data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
-            f"model.vocab_size={vocab_size}; set model.vocab_size to at least "
-            f"{tokenizer.vocab_size}, or data.tokenizer='bpe' to train one that fits"
-        )
-    train, held_out = _packed_tokens(data, tokenizer, origin, sides)
+    _check_tokenizer(tokenizer, data, vocab_size)
+    folder = _tokens(data, tokenizer, origin, sides)
+    train, held_out = (
+        np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "held_out")
+    )
     return Corpus(
         train=PackedRows(train, seq_len, extra),
         held_out=PackedRows(held_out, seq_len, extra),
         tokenizer=tokenizer,
         unigram_entropy=unigram_entropy(held_out),
         n_train_tokens=len(train),
+        fingerprint=f"{fingerprint(folder)[:32]}-{tokenizer.fingerprint[:32]}",
     )
+
+
+def _check_tokenizer(tokenizer: Tokenizer, data: DataConfig, vocab_size: int):
+    """Raise, before anything is read, if the model or the text needs another tokenizer."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer!r} has {tokenizer.vocab_size} ids, more than "
+            f"model.vocab_size={vocab_size}; set model.vocab_size to at least "
+            f"{tokenizer.vocab_size}, or data.tokenizer='bpe' to train one that fits"
+        )
+    _ = tokenizer.eos_id
+    if data.fim_rate:
+        _ = tokenizer.fim_ids
 
 
 def _trained_tokenizer(data: DataConfig, vocab_size: int, origin: list, sides: Sides) -> Tokenizer:
@@ -83,10 +98,8 @@ def _trained_tokenizer(data: DataConfig, vocab_size: int, origin: list, sides: S
     return load_tokenizer(str(folder / "tokenizer.json"))
 
 
-def _packed_tokens(
-    data: DataConfig, tokenizer: Tokenizer, origin: list, sides: Sides
-) -> tuple[np.ndarray, np.ndarray]:
-    """The flat train and held-out tokens, mapped from disk; only train text is augmented."""
+def _tokens(data: DataConfig, tokenizer: Tokenizer, origin: list, sides: Sides) -> Path:
+    """The folder of the flat tokens of both sides; only train text is augmented."""
     rates = {"fim_rate": data.fim_rate, "split_rate": data.split_rate}
     changes = [rates] if any(rates.values()) else []
 
@@ -99,11 +112,5 @@ def _packed_tokens(
         np.save(folder / "train.npy", tokenize(train, tokenizer, "train", encode))
         np.save(folder / "held_out.npy", tokenize(held_out, tokenizer, "held_out"))
 
-    if data.fim_rate:
-        _ = tokenizer.fim_ids  # or an error before anything is read
     name = f"tokens-{key(origin, tokenizer.fingerprint, *changes)}"
-    folder = cached(Path(data.cache_dir, name), build)
-    return (
-        np.load(folder / "train.npy", mmap_mode="r"),
-        np.load(folder / "held_out.npy", mmap_mode="r"),
-    )
+    return cached(Path(data.cache_dir, name), build)

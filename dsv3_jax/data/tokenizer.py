@@ -119,18 +119,25 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises:
         FileNotFoundError: no such file, or the package is not installed.
-        ValueError: the file is no tokenizer.json.
+        ValueError: the file is no tokenizer.json, or one without tokens.
     """
     path = _deepseek_path() if name == "deepseek" else Path(name).resolve()
+    if path.is_dir():
+        raise FileNotFoundError(f"data.tokenizer={name!r} is a folder; name a tokenizer.json in it")
     if not path.is_file():
         raise missing(f"data.tokenizer={name!r}", path, ["bpe", "deepseek"])
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
             f"data.tokenizer={name!r}: {path} is no tokenizer.json ({error}); "
             "name a file that the library tokenizers has saved"
         ) from error
+    if not backend.get_vocab_size():
+        raise ValueError(f"data.tokenizer={name!r}: {path} has no tokens; name a trained tokenizer")
+    backend.no_truncation()  # the file may hold these settings from its training
+    backend.no_padding()
+    return Tokenizer(backend)
 
 
 def _deepseek_path() -> Path:
