@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from dsv3_jax.data.cache import RECORD, is_whole
-from dsv3_jax.data.fetch import fetch
+from dsv3_jax.data.fetch import fetch, main
+from dsv3_jax.data.source import documents
 
 pytestmark = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="makes .deb files")
 
@@ -124,6 +126,17 @@ def test_wordnet_is_its_files_and_comes_once(archive, tmp_path, capsys):
     shutil.rmtree(archive)
     fetch("wordnet", folder)
     assert "is there already" in capsys.readouterr().out
+
+
+def test_command_writes_what_train_reads_and_says_how(archive, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fetch", "debian-docs"])
+    main()
+    assert "--set data.source=runs/data/debian-docs" in capsys.readouterr().out
+    assert len(list(documents("runs/data/debian-docs", "text", "refuse"))) == 9
+    Path("runs/data/debian-docs/git-doc.jsonl").unlink()
+    with pytest.raises(SystemExit, match="error: runs/data/debian-docs exists, but"):
+        main()
 
 
 def test_a_folder_of_the_users_own_is_left_alone(archive, tmp_path):

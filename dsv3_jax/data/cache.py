@@ -31,7 +31,7 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
         print(f"the cache {folder} is damaged; building it again")
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as scratch:
         fresh = Path(scratch, folder.name)
         fresh.mkdir()
         build(fresh)

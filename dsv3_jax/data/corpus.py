@@ -48,9 +48,9 @@ def load(data: DataConfig, *, vocab_size: int, seq_len: int, extra: int) -> Corp
         FileNotFoundError: no such source or tokenizer.
         ValueError: too little text, or a tokenizer with more than `vocab_size` ids.
     """
-    read = (data.source, data.text_field, data.bad_lines)
-    origin = [identity(data.source), *read[1:], data.held_out]
-    sides = functools.cache(lambda: split(documents(*read), data.held_out))
+    settings = (data.text_field, data.bad_lines)
+    origin = [identity(data.source), *settings, data.held_out]
+    sides = functools.cache(lambda: split(documents(data.source, *settings), data.held_out))
     if data.tokenizer == "bpe":
         tokenizer = _trained_tokenizer(data, vocab_size, origin, sides)
     else:

@@ -74,9 +74,7 @@ SOURCES = {
             entry=rb"\n\n(?=[^\s\[].*\\)",  # the line of a headword has its syllables in \...\
         ),
     ),
-    "wordnet": (
-        Package(name="wordnet-base", members="*/share/wordnet/*", licence="WordNet (BSD-like)"),
-    ),
+    "wordnet": (Package(name="wordnet-base", members="*/share/wordnet/*", licence="WordNet 3.0"),),
 }
 
 
@@ -140,11 +138,9 @@ def members(file: IO[bytes], wildcard: str) -> Iterator[tuple[str, bytes]]:
             # Two names of one text would make it count twice, so links are left out.
             if member.isreg() and fnmatch.fnmatchcase(member.name, wildcard):
                 content = archive.extractfile(member).read()
-                packed = member.name.endswith((".gz", ".dz"))
-                yield (
-                    member.name.removeprefix("./"),
-                    gzip.decompress(content) if packed else content,
-                )
+                if member.name.endswith((".gz", ".dz")):
+                    content = gzip.decompress(content)
+                yield member.name.removeprefix("./"), content
 
 
 def _write_documents(package: Package, name: str, file: IO[bytes], folder: Path) -> str:
