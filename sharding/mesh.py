@@ -122,14 +122,24 @@ def check_devices(spec: MeshSpec, n_devices: int, platform: str):
     )
 
 
-def start_devices(text: str) -> MeshSpec:
-    """The mesh that `text` names, with virtual CPU devices for it where there is no accelerator."""
+def start_devices(text: str, sharers: int = 1) -> MeshSpec:
+    """The mesh that `text` names, with virtual CPU devices for it where there is no accelerator.
+
+    Args:
+        sharers: processes that share these devices out.
+    """
     wanted = None if "*" in text else parse_mesh(text)
     if wanted is not None:  # before the first use of jax, which makes the devices
-        jax.config.update("jax_num_cpu_devices", wanted.n_devices)
+        if wanted.n_devices % sharers:
+            raise ValueError(
+                f"mesh {wanted} has {wanted.n_devices} devices, which {sharers} processes cannot "
+                f"share; as many as divide {wanted.n_devices} can"
+            )
+        jax.config.update("jax_num_cpu_devices", wanted.n_devices // sharers)
         if wanted.n_devices > 1:  # of the CPU only: queued collectives can deadlock there
             jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if jax.default_backend() == "cpu" and len(jax.devices()) > 1:
+    speaks = jax.process_index() == 0
+    if speaks and jax.default_backend() == "cpu" and len(jax.devices()) > 1:
         n_devices = len(jax.devices())
         print(f"no accelerator here: running on {n_devices} virtual CPU devices", file=sys.stderr)
     mesh = wanted or parse_mesh(text, len(jax.devices()))
@@ -205,6 +215,12 @@ def placement(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> NamedSharding:
 BATCH = PartitionSpec(DATA_AXES)
 REPLICATED = PartitionSpec()
 A_ROW_A_DEVICE = PartitionSpec(AXES)
+
+
+def on_devices(x: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """This process's part of an array, put onto its devices on purpose, as a part of the whole."""
+    with jax.transfer_guard("allow"):  # with several processes JAX takes it for an accident
+        return jax.make_array_from_process_local_data(placement(mesh, spec), x)
 
 
 def share_of_process(mesh: Mesh) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from dsv3_jax.losses import Batch
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
 from dsv3_jax.training.state import layout_of
-from sharding.mesh import BATCH, share_of_process, spec_of, without_stages
+from sharding.mesh import BATCH, on_devices, share_of_process, spec_of, without_stages
 
 
 def placed(rows: np.ndarray, mesh: Mesh) -> Batch:
@@ -23,11 +23,10 @@ def placed(rows: np.ndarray, mesh: Mesh) -> Batch:
 
     Rows without targets are added where they cannot be shared out evenly.
     """
-    sharding = NamedSharding(mesh, BATCH)
     more = -len(rows) % (spec_of(mesh).data // share_of_process(mesh)[1])
     mask = np.pad(np.ones(rows.shape, bool), ((0, more), (0, 0)))
     both = (np.pad(rows, ((0, more), (0, 0))), mask)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in both))
+    return Batch(*(on_devices(x, mesh, BATCH) for x in both))
 
 
 class HeldOut:

@@ -34,7 +34,7 @@ from dsv3_jax.training.ledger import Ledger, goodput
 from dsv3_jax.training.redundancy import Redundancy
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of, state_from
 from dsv3_jax.training.step import Metrics, make_step
-from dsv3_jax.training.workdir import check_workdir
+from dsv3_jax.training.workdir import check_text, check_workdir
 from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import MeshSpec, make_mesh, share_of_process, spec_of
 
@@ -57,7 +57,6 @@ class Pending(NamedTuple):
     numbers: Metrics  # on the device
     rows: dict[str, np.ndarray]  # of its batch
     begin: int  # its first sequence in the order
-    done: float | None  # when it was done, if dispatching waited for that
 
 
 class Run:
@@ -125,6 +124,7 @@ class Run:
         state, extra = self.checkpoints.restore(wanted, step)
         if state.ema is not None:
             self.ema = HostEma(state.ema, self.config.ema)
+        check_text(self.config.data.source, extra["text"], self.corpus.fingerprint)
         self.state, self.first = state._replace(ema=None), step
         self.redundancy = Redundancy(self.config, self.mesh, extra["redundancy"])
         self.guard.restore(extra["guard"])
@@ -169,38 +169,40 @@ class Run:
 
     def _forward(self):
         """Dispatch step after step; each one's numbers are read while the next one runs."""
-        config, pending, self.clock = self.config, None, time.perf_counter()
-        start = self.first
-        while self.first < config.train.steps and not self._stops():
-            begin = self.loader.row
+        pending, start, self.clock = None, self.first, time.perf_counter()
+        while self.first < self.config.train.steps and not self._stops():
+            begin, acts = self.loader.row, self._due(self.first + 1)
             with self.ledger.spent_on("data"):
                 rows = next(self.loader)
+            new = self.sizes.size(self.first) not in self.programs
+            if pending is not None and (acts or new):  # so that its time is its own
+                self._report(pending)
+                pending = None
             numbers = self._step(placed(rows["tokens"], self.mesh))
-            done = time.perf_counter() if numbers.lr.is_ready() else None
             self.first += 1
             self.ledger.steps(start, self.first)
             if pending is not None:
                 self._report(pending)
-            pending = Pending(self.first, numbers, rows, begin, done)
-            due = self._due()
-            if any(due.values()) or self.redundancy.due(self.first):
+            pending = Pending(self.first, numbers, rows, begin)
+            if acts:
                 self._report(pending)
                 pending = None
-                for act in (act for act, now in due.items() if now):
+                for act in acts:
                     act()
                 self.clock = time.perf_counter()
         if pending is not None:
             self._report(pending)
 
-    def _due(self) -> dict[Callable, bool]:
-        """What is to be done after this step, and whether it is."""
-        config, step = self.config, self.first
+    def _due(self, step: int) -> list[Callable]:
+        """What is to be done after a step, which then is not to wait for its numbers."""
+        config = self.config
         audits = config.guard.audit_every
-        return {
-            self._evaluate: step == config.train.steps or step % config.train.eval_every == 0,
-            self._audit: audits is not None and step % audits == 0,
-            self._save: step % config.checkpoint.every == 0,
-        }
+        return [
+            *[self._evaluate] * (step == config.train.steps or step % config.train.eval_every == 0),
+            *[self._audit] * (audits is not None and step % audits == 0),
+            *[self._save] * (step % config.checkpoint.every == 0),
+            *[lambda: None] * self.redundancy.due(step),  # its load decides the next placement
+        ]
 
     def _stops(self) -> bool:
         """Whether a signal ends the run here; all processes agree on the step."""
@@ -226,9 +228,9 @@ class Run:
     def _report(self, pending: Pending):
         """Log one step's numbers once it has run."""
         step, numbers = pending.step, jax.device_get(pending.numbers)
-        done = pending.done or time.perf_counter()
+        now = time.perf_counter()
         n_tokens = self.sizes.size(step - 1) * self.sizes.seq_len
-        speed, self.clock = n_tokens / (done - self.clock), done
+        speed, self.clock = n_tokens / (now - self.clock), now
         if numbers.router is not None and not numbers.skipped:
             self.loads.add(step, numbers.router.load)
             self.redundancy.observe(step, numbers.router.load)
@@ -325,6 +327,7 @@ class Run:
         """What a checkpoint holds besides the state."""
         return {
             "row": self.loader.row,
+            "text": self.corpus.fingerprint,
             "redundancy": self.redundancy.saved(),
             "guard": self.guard.saved(),
         }

@@ -1,12 +1,11 @@
 """Which experts are redundant while a run trains: chosen anew from the load it sees."""
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dsv3_jax.config import Config
-from sharding.mesh import REPLICATED, spec_of
+from sharding.mesh import REPLICATED, on_devices, spec_of
 from sharding.placement import extras
 
 
@@ -53,5 +52,4 @@ class Redundancy:
         self._load = np.ones_like(self._load)
 
     def _use(self, slots: np.ndarray):
-        place = NamedSharding(self._mesh, REPLICATED)
-        self.slots = jax.make_array_from_process_local_data(place, slots, slots.shape)
+        self.slots = on_devices(slots, self._mesh, REPLICATED)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import jax
+
 from dsv3_jax.config import Config
 from dsv3_jax.overrides import differences, to_dict
 from dsv3_jax.training.metrics import write_atomically
@@ -16,6 +18,7 @@ FREE = (
     "parallel.",
     "pipeline.",
     "data.cache_dir",
+    "data.bad_lines",
     "fp8_stats",
     "guard.",
     "model.moe.n_redundant",
@@ -34,5 +37,19 @@ def check_workdir(config: Config, workdir: Path):
                 + "\n  ".join(fixed)
                 + "\nuse that config again, or another --workdir"
             )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def check_text(source: str, saved: str, now: str):
+    """Raise a ValueError if the text is not what the run was trained on so far.
+
+    Args:
+        saved, now: fingerprints of it.
+    """
+    if saved != now:
+        raise ValueError(
+            f"the text of data.source={source} is not what this run was trained on so far "
+            f"(fingerprint {saved}, now {now}); bring the old text back, or begin another --workdir"
+        )
