@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jaxtyping import PyTree
 
 from dsv3_jax.config import EmaConfig
 
@@ -18,7 +18,7 @@ from dsv3_jax.config import EmaConfig
 class HostEma:
     """mean <- mean + (1 - decay^every) (weights - mean), each host its own shards, in float32."""
 
-    def __init__(self, params: nnx.State, config: EmaConfig):
+    def __init__(self, params: PyTree, config: EmaConfig):
         """Begin with `params`, which are not kept."""
         self._every, self._rate = config.every, np.float32(1.0 - config.decay**config.every)
         leaves, self._treedef = jax.tree.flatten(params)
@@ -31,7 +31,7 @@ class HostEma:
         self._pool, self._pending = ThreadPoolExecutor(1, "ema"), Future()
         self._pending.set_result(None)
 
-    def update(self, step: int, params: nnx.State):
+    def update(self, step: int, params: PyTree):
         """Take in the weights after step `step`; returns before that is done."""
         if step % self._every == 0:
             self._pending.result()
@@ -43,7 +43,7 @@ class HostEma:
             for key, shard in _shards(leaf).items():
                 means[key] += self._rate * (np.asarray(shard, np.float32) - means[key])
 
-    def params(self) -> nnx.State:
+    def params(self) -> PyTree:
         """The mean on the devices, placed as the weights are."""
         self._pending.result()
         leaves = []

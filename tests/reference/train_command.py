@@ -21,9 +21,14 @@ SMALL = [
 ]
 
 
-def command(workdir: Path, steps: int, *more: str) -> list[str]:
-    """`steps` steps on the project's own sources."""
+def settings(workdir: Path, *more: str) -> list[str]:
+    """The small model, and the project's own sources as text."""
     text = [f"data.source={ROOT / 'dsv3_jax'}", f"data.cache_dir={workdir.parent / 'cache'}"]
-    flags = [f"--set={setting}" for setting in [*SMALL, *text, *more]]
+    return [*SMALL, *text, *more]
+
+
+def command(workdir: Path, steps: int, *more: str) -> list[str]:
+    """`steps` steps of it."""
+    flags = [f"--set={setting}" for setting in settings(workdir, *more)]
     run = [sys.executable, str(ROOT / "train.py"), "--mesh=dp2,ep2"]
     return [*run, f"--workdir={workdir}", f"--steps={steps}", *flags]

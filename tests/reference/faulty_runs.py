@@ -1,0 +1,89 @@
+"""Runs with faults put in, one after the other in this process.
+
+    python faulty_runs.py FOLDER '{"name": {"bad": [70, 85], "jump": [10, 40], "wait": 0.2}, ...}'
+
+"bad" is a range of the data's order, of whose batches the gradient is not a number; "jump" a step
+before which the loader leaves out so many sequences; "wait" how long every batch takes. Prints a
+JSON object with what this script measured itself: seconds in all, and seconds of waiting for data.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from reference.train_command import settings
+
+from configs import load_preset
+from dsv3_jax.overrides import override
+from dsv3_jax.training import loop, step
+from sharding.mesh import start_devices
+
+whole_gradients, Run = step.loss_and_gradients, loop.Run
+
+
+def loss_and_gradients(*how):
+    """Not a number where no token counts, which no batch of text has."""
+    compute = whole_gradients(*how)
+
+    def broken(params, bias, batch, *rest):
+        losses, stats, grads = compute(params, bias, batch, *rest)
+        factor = jnp.where(batch.mask.any(), 1.0, jnp.nan)
+        return losses, stats, jax.tree.map(lambda x: x * factor, grads)
+
+    return broken
+
+
+class FaultyRun(Run):
+    """A run with the faults of `faults`."""
+
+    faults: dict = {}
+
+    def _step(self, batch):
+        begin = self.loader.row - self.sizes.size(self.first)
+        first, last = self.faults.get("bad", (0, 0))
+        if first <= begin < last:
+            batch = batch._replace(mask=jnp.zeros_like(batch.mask, device=batch.mask.sharding))
+        return super()._step(batch)
+
+    def _due(self, number: int):
+        before, sequences = self.faults.get("jump", (0, 0))
+        if number == before:
+            self.loader.start(self.loader.step, self.loader.row + sequences)
+        return super()._due(number)
+
+
+class SlowLoader(loop.data.Loader):
+    wait, waited = 0.0, 0.0
+
+    def __next__(self):
+        begin = time.perf_counter()
+        time.sleep(self.wait)
+        batch = super().__next__()
+        SlowLoader.waited += time.perf_counter() - begin
+        return batch
+
+
+def main(folder: Path, runs: dict[str, dict]):
+    step.loss_and_gradients, loop.Run = loss_and_gradients, FaultyRun
+    loop.data.Loader, loop.process_began = SlowLoader, time.time
+    spec, measured = start_devices("dp2,ep2"), {}
+    for name, faults in runs.items():
+        config = load_preset("tiny")
+        for setting in settings(folder / name, *faults.get("settings", [])):
+            config = override(config, setting)
+        FaultyRun.faults, SlowLoader.wait, SlowLoader.waited = faults, faults.get("wait", 0.0), 0.0
+        begin, error = time.perf_counter(), ""
+        try:
+            loop.train(config, spec, folder / name)
+        except FloatingPointError as caught:
+            error = str(caught)
+        seconds = time.perf_counter() - begin
+        measured[name] = {"seconds": seconds, "waited": SlowLoader.waited, "error": error}
+    print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,133 @@
+"""What a run survives: bad batches, kills, processes that die; and what its ledger says of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference.train_command import ROOT, command
+
+from dsv3_jax.training.ledger import goodput
+
+HERE = Path(__file__).parent
+
+
+def rows_of(workdir: Path) -> dict[int, dict]:
+    """Training rows by step, without what depends on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = (json.loads(line) for line in lines if line.endswith("}"))
+    timed = "tokens_per_second"
+    return {
+        row["step"]: {name: value for name, value in row.items() if name != timed}
+        for row in rows
+        if "loss" in row
+    }
+
+
+def events_of(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_bad_batches_are_skipped_and_left_behind(tmp_path, programs):
+    """Against runs whose loader leaves the same data out; a batch has 8 sequences.
+
+    Two bad steps in a row are skipped; of three the run goes back to step 10, and behind the data
+    of the step that was on its way when it noticed.
+    """
+    steps, patience = "train.steps=24", "guard.roll_back_after=3"
+    wanted = {
+        "two bad": {"bad": [88, 104], "settings": [steps, patience]},
+        "two left out": {"jump": [12, 16], "settings": ["train.steps=22", patience]},
+        "three bad": {"bad": [88, 112], "settings": [steps, patience]},
+        "five left out": {"jump": [11, 40], "settings": [steps, patience]},
+        "all bad": {"bad": [0, 9999], "settings": [steps, patience]},
+        "slow data": {"wait": 0.25, "settings": ["train.steps=40"]},
+    }
+    run = [sys.executable, str(HERE / "reference/faulty_runs.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}"}
+    done = subprocess.run(
+        [*run, json.dumps(wanted)], capture_output=True, text=True, env=environment, check=True
+    )
+    measured = json.loads(done.stdout.splitlines()[-1])
+
+    rows, without = rows_of(tmp_path / "two bad"), rows_of(tmp_path / "two left out")
+    assert [step for step, row in rows.items() if "skipped" in row] == [12, 13]
+    for step, row in without.items():
+        same = rows[step if step < 12 else step + 2]
+        for name in ("loss", "mtp_loss", "grad_norm", "lr", "max_violation"):
+            assert same[name] == row[name], (step, name)
+    told = events_of(tmp_path / "two bad")
+    assert [event["step"] for event in told] == [12, 13]
+    assert "the gradient is not finite (norm nan); sequences 88 to 95 of" in told[0]["text"]
+
+    rows, without = rows_of(tmp_path / "three bad"), rows_of(tmp_path / "five left out")
+    assert rows == without and list(rows) == list(range(1, 25))
+    told = [event["event"] for event in events_of(tmp_path / "three bad")]
+    assert told == ["skipped", "skipped", "skipped", "rolled back"]
+
+    assert "3 steps in a row were skipped" in measured["all bad"]["error"]
+    assert "There is no earlier checkpoint to go back to (none)" in measured["all bad"]["error"]
+
+    found, here = goodput(tmp_path / "slow data"), measured["slow data"]
+    assert sum(found.seconds.values()) == pytest.approx(here["seconds"], rel=0.02)
+    assert found.seconds["data"] - here["waited"] == pytest.approx(0.0, abs=0.02 * here["seconds"])
+
+
+def newest_fingerprints(workdir: Path) -> dict[str, str]:
+    newest = max((int(path.name), path) for path in (workdir / "checkpoints").glob("[0-9]*"))[1]
+    return json.loads((newest / "manifest/metadata").read_text())["fingerprints"]
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen):
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or step not in rows_of(workdir):
+        assert process.poll() is None, "the run ended before it was stopped"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_one_of_two_processes_is_killed(tmp_path, programs):
+    """The supervisor runs both again; one process goes on alone; losses are those of one process."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    subprocess.run(command(alone, 16), check=True, capture_output=True)
+    begin = time.time()
+    process = subprocess.Popen(
+        [*command(both, 12), "--processes=2", "--supervise"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(both, 7, process)
+    first, second = children(process.pid)
+    os.kill(second, signal.SIGKILL)
+    killed = time.time()
+    out, err = process.communicate(timeout=300)
+    seconds = time.time() - begin
+    assert process.returncode == 0, err[-2000:]
+    assert "supervisor: crashed: process 1 ended with SIGKILL" in err
+    assert out.count("resuming at step 5") == 1  # process 0 speaks
+    ledger = [json.loads(line) for line in (both / "ledger.jsonl").read_text().splitlines()]
+    assert len(ledger) == 2
+    again = ledger[1]["begin"] + sum(
+        ledger[1]["seconds"].get(kind, 0.0) for kind in ("start", "restore", "compile")
+    )
+    assert again - killed < 60
+    assert sum(goodput(both).seconds.values()) == pytest.approx(seconds, rel=0.05)
+    subprocess.run(command(both, 16), check=True, capture_output=True)
+    want, got = rows_of(alone), rows_of(both)
+    assert list(got) == list(want) == list(range(1, 17))
+    for step, row in got.items():
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(row[name], want[step][name], rtol=1e-4)
+    assert (both / "processes/1/metrics.jsonl").exists()
