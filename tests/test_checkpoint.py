@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.checkpoint import Checkpoints, DamagedCheckpoint, fingerprints
+from dsv3_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dsv3_jax.checkpoint.fingerprints import fingerprints
 
 # Orbax abandons the other reads of a step once one of them has failed.
 pytestmark = [
@@ -197,9 +198,8 @@ def test_lost_files_are_named_with_the_way_out(tmp_path, damage):
         shutil.rmtree(folder / "state")
     with pytest.raises(DamagedCheckpoint, match=rf"{folder} is damaged") as caught:
         checkpoints.restore(abstract(state))
-    assert f"Move {folder} out of {tmp_path}; training then resumes from step 3" in str(
-        caught.value
-    )
+    assert f"Move {folder} out of {tmp_path}" in str(caught.value)
+    assert "what is left are steps [3]" in str(caught.value)
     assert caught.value.__cause__ is not None
     shutil.move(folder, tmp_path / "damaged")
     assert checkpoints.latest_step() == 3
@@ -213,7 +213,7 @@ def test_a_changed_position_in_the_manifest_is_caught(tmp_path):
     manifest = json.loads(path.read_text())
     manifest["extra"]["tokens"] += 1
     path.write_text(json.dumps(manifest))
-    with pytest.raises(DamagedCheckpoint, match="(?s)manifest.*starts from the beginning"):
+    with pytest.raises(DamagedCheckpoint, match="manifest does not match the checksum"):
         checkpoints.restore(abstract(state))
     checkpoints.close()
 
