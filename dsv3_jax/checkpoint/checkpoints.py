@@ -307,9 +307,12 @@ class Checkpoints:
         return max(map(str, self._finished_steps()), key=int, default=None)
 
     def _remove_unfinished(self):
-        """Remove the folders of saves that were killed or failed."""
+        """Remove the folders of saves that were killed or failed.
+
+        A failed save's other writers may still be adding files; the next save removes those.
+        """
         for unfinished in ocp.path.step.all_temporary_paths(self.directory):
-            shutil.rmtree(unfinished.get())
+            shutil.rmtree(unfinished.get(), ignore_errors=True)
 
     def _set_aside(self, step: int, what: str):
         names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))

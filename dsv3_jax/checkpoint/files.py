@@ -20,7 +20,8 @@ def write_record(folder: Path, large: int = LARGE):
     Of files over `large` bytes, which hold arrays, the size only: at scale one process cannot read
     all that the others wrote, and the fingerprints of the arrays show what changes in them.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = sorted(folder.rglob("*"))
+    paths = [path for path in found if path.is_file() and path != folder / RECORD]
 
     def line(path: Path) -> str:
         size = path.stat().st_size
