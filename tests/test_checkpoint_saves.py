@@ -185,7 +185,8 @@ def test_two_processes_come_to_the_same_decisions(tmp_path):
     ]
     first, second = (process.communicate(timeout=120)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
+    assert "4 is damaged: cannot read its state" in first
     assert "3 is damaged: bits changed since it was saved, in weights;" in first
     assert "2 is damaged: state/_sharding is missing;" in first
     assert "damaged" not in second  # the first alone moves steps and says so
-    assert names(tmp_path) == ["1", "5", "damaged"]
+    assert names(tmp_path) == ["1", "6", "damaged"]

@@ -81,6 +81,7 @@ class Checkpoints:
         self._saving: _Saving | None = None
         self._failure: SaveFailed | None = None
         self._recorder = ThreadPoolExecutor(1)
+        self._readers = _handlers()
         self._manager = self._new_manager()
 
     def steps(self) -> list[int]:
@@ -241,12 +242,7 @@ class Checkpoints:
             keep_period=self._keep_every,
             lightweight_initialize=True,  # else damaged metadata of one step would end the run
         )
-        # Compression takes longer than writing, for a few percent of space.
-        handlers = {
-            "state": ocp.PyTreeCheckpointHandler(use_compression=False),
-            "manifest": ocp.JsonCheckpointHandler(),
-        }
-        return ocp.CheckpointManager(self.directory, item_handlers=handlers, options=options)
+        return ocp.CheckpointManager(self.directory, item_handlers=_handlers(), options=options)
 
     def _reopen(self):
         """Let Orbax see anew which steps there are."""
@@ -357,11 +353,16 @@ class Checkpoints:
         return arrays
 
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs) -> dict:
+        """One item of a step. If any process cannot read its part, all raise."""
+        found, problem, cause = {}, None, None
         try:
-            return dict(self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item])
+            found = dict(self._readers[item].restore(self._folder(step) / item, args=how))
         except Exception as error:  # Orbax and its readers raise many types for an unreadable file
-            root = error.__cause__ or error
-            raise self._damaged(step, f"cannot read its {item}: {str(root)[:200]}") from error
+            cause, root = error, error.__cause__ or error
+            problem = f"cannot read its {item}: {str(root)[:200]}"
+        if (problem := shared(problem)) is not None:
+            raise self._damaged(step, problem) from cause
+        return found
 
     def _read_manifest(self, step: int) -> dict:
         manifest = self._read(step, "manifest", ocp.args.JsonRestore())
@@ -378,6 +379,15 @@ class Checkpoints:
             f"what is left are steps {rest}.",
             what,
         )
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+    """What writes and reads the items of a step, without waiting for other processes."""
+    return {
+        # Compression takes longer than writing, for a few percent of space.
+        "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+        "manifest": ocp.JsonCheckpointHandler(),
+    }
 
 
 def _text(error: Exception) -> str:

@@ -27,36 +27,36 @@ def main(port: str, number: int, folder: Path):
     rows = NamedSharding(mesh, P("rows"))
     state = {"weights": jax.make_array_from_callback(WEIGHTS.shape, rows, lambda i: WEIGHTS[i])}
     like = {"weights": jax.ShapeDtypeStruct(WEIGHTS.shape, np.float32, sharding=rows)}
-    checkpoints = Checkpoints(folder, keep=3)
+    checkpoints = Checkpoints(folder, keep=4)
     with jax.transfer_guard("disallow"):
-        for step in (1, 2, 3):
+        for step in (1, 2, 3, 4):
             checkpoints.save(step, state, {"step": step})
         checkpoints.wait()
         multihost_utils.sync_global_devices("saved")
         if number == 1:
-            damage_two(folder)
+            damage_three(folder)
         multihost_utils.sync_global_devices("damaged")
         resumed = checkpoints.resume(like)
         assert resumed.step == 1 and resumed.extra == {"step": 1}
         for shard in resumed.state["weights"].addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), WEIGHTS[shard.index])
         refused(checkpoints, state, number)
-        checkpoints.save(5, state, {"step": 5})
+        checkpoints.save(6, state, {"step": 6})
         checkpoints.close()
 
 
-def damage_two(folder: Path):
-    """A bit of the second process's own weights in step 3, known to no record; a file of step 2."""
-    (folder / "3" / "files.txt").unlink()
-    piece = WEIGHTS[32:48].tobytes()
-    for path in (folder / "3" / "state" / "ocdbt.process_1" / "d").iterdir():
-        before, found, after = path.read_bytes().partition(piece)
-        if found:
-            path.write_bytes(before + bytes([piece[0] ^ 1]) + piece[1:] + after)
-            break
-    else:
-        raise AssertionError("the weights are in none of the files")
+def damage_three(folder: Path):
+    """What the record shows to process 0, what shows to both, and what to this process alone."""
     (folder / "2" / "state" / "_sharding").unlink()
+    piece = WEIGHTS[32:48].tobytes()
+    for step in ("3", "4"):
+        (folder / step / "files.txt").unlink()
+        ours = (folder / step / "state" / "ocdbt.process_1" / "d").iterdir()
+        (path,) = (path for path in ours if piece in path.read_bytes())
+        if step == "3":
+            path.write_bytes(path.read_bytes().replace(piece, bytes([piece[0] ^ 1]) + piece[1:]))
+        else:
+            path.unlink()
 
 
 def refused(checkpoints: Checkpoints, state: dict, number: int):
@@ -65,7 +65,7 @@ def refused(checkpoints: Checkpoints, state: dict, number: int):
     if number == 0:
         shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
     try:
-        checkpoints.save(4, state, {"step": 4})
+        checkpoints.save(5, state, {"step": 5})
     except SaveFailed as error:
         assert error.missing == WEIGHTS.nbytes - 1000
     else:
