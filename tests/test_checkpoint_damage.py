@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from reference.states import abstract, same_bits, saved
 
-from dsv3_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from dsv3_jax.checkpoint import Checkpoints, DamagedCheckpoint, SavedSteps
 from dsv3_jax.checkpoint.files import RECORD, damage, write_record
 
 # Orbax abandons the other reads of a step once one of them has failed.
@@ -273,10 +274,25 @@ def test_a_checkpoint_of_another_config_stays_where_it_is(copy):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError, MemoryError])
+def test_a_step_that_does_not_fit_in_memory_is_not_damaged(copy, monkeypatch, error):
+    def no_room(*args, **kwargs):
+        raise error("RESOURCE_EXHAUSTED: out of memory")
+
+    folder, state = copy
+    checkpoints = Checkpoints(folder, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.PyTreeCheckpointHandler, "restore", no_room)
+        with pytest.raises(error):
+            checkpoints.resume(abstract(state))
+    assert checkpoints.resume(abstract(state)).step == 9
+    checkpoints.close()
+
+
 def test_readers_leave_a_damaged_step_where_it_is(copy):
     folder, state = copy
     (folder / "9" / "manifest" / "metadata").unlink()
-    checkpoints = Checkpoints(folder, keep=None)
+    checkpoints = SavedSteps(folder)
     for read in (
         checkpoints.verify,
         lambda: checkpoints.restore(abstract(state)),
@@ -285,4 +301,3 @@ def test_readers_leave_a_damaged_step_where_it_is(copy):
         with pytest.raises(DamagedCheckpoint, match="manifest"):
             read()
     assert checkpoints.steps() == [3, 6, 9] and not (folder / "damaged").exists()
-    checkpoints.close()
