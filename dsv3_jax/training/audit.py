@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt32
 
-from dsv3_jax.checkpoint import fingerprint
+from dsv3_jax.checkpoint.fingerprints import fingerprint
 from dsv3_jax.layers.linear import of_parameters
 from dsv3_jax.shapes import Array
 from sharding.mesh import A_ROW_A_DEVICE, region

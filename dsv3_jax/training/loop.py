@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax import data
 from dsv3_jax.batch_size import BatchSizes, with_batch
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.checkpoint import Checkpoints, SaveFailed
 from dsv3_jax.config import Config
 from dsv3_jax.costs import training_flops_per_token
 from dsv3_jax.fit import check_mesh
@@ -103,11 +103,12 @@ class Run:
         """Begin with the newest checkpoint, or anew."""
         config, optimizer = self.config, self.optimizer
         self.abstract = abstract_state(config, optimizer, self.mesh, self.layout)
-        self.first, self.ema = self.checkpoints.latest_step() or 0, None
+        self.first, self.ema = 0, None
         self.redundancy = Redundancy(config, self.mesh)
-        if self.first:
-            with self.ledger.spent_on("restore"):
-                self.loader.start(self.first, self._restore(self.first))
+        with self.ledger.spent_on("restore"):
+            row = self._resume()
+        if row is not None:
+            self.loader.start(self.first, row)
             return
         if config.init_from is None:
             self.state = fresh_state(config, optimizer, self.abstract)
@@ -116,16 +117,19 @@ class Run:
         if config.ema.decay is not None:
             self.ema = HostEma(self.state.params, config.ema)
 
-    def _restore(self, step: int) -> int:
-        """Take the state from the checkpoint of `step`; returns the next row of the order."""
+    def _resume(self) -> int | None:
+        """Take the newest sound checkpoint, if there is any; returns its next row of the data."""
         wanted = self.abstract
         if self.config.ema.decay is not None:
             wanted = wanted._replace(ema=wanted.params)
-        state, extra = self.checkpoints.restore(wanted, step)
+        resumed = self.checkpoints.resume(wanted)
+        if resumed is None:
+            return None
+        self.first, state, extra = resumed
+        check_text(self.config.data.source, extra["text"], self.corpus.fingerprint)
+        self.state = state._replace(ema=None)
         if state.ema is not None:
             self.ema = HostEma(state.ema, self.config.ema)
-        check_text(self.config.data.source, extra["text"], self.corpus.fingerprint)
-        self.state, self.first = state._replace(ema=None), step
         self.redundancy = Redundancy(self.config, self.mesh, extra["redundancy"])
         self.guard.restore(extra["guard"])
         return extra["row"]
@@ -140,8 +144,9 @@ class Run:
         with _signals(self), self.progress, jax.transfer_guard("disallow"):
             self._steps()
         self.log.close()
-        self._save(self.first, last=True)
         with self.ledger.spent_on("save"):
+            self.checkpoints.wait()
+            self._start_save()
             self.checkpoints.close()
         with self.ledger.spent_on("end"):
             rows = metrics.read(self.folder / "metrics.jsonl")
@@ -274,14 +279,14 @@ class Run:
                 f"optimizer.peak_lr or precision.compute=float32, and look at {bad[0].batch}"
             )
         row, guard = self.loader.row, self.guard.saved()
-        self._restore(step)
-        self.guard.restore(guard)
-        self.loader.start(step, row)
         self.checkpoints.forget_after(step)
-        self.log.rewind(step)
-        self.loads.rewind(step)
-        text = f"{summary}; back to step {step:,}, and on behind their data"
-        self._note("rolled back", text, step=step)
+        self._resume()
+        self.guard.restore(guard)
+        self.loader.start(self.first, row)
+        self.log.rewind(self.first)
+        self.loads.rewind(self.first)
+        text = f"{summary}; back to step {self.first:,}, and on behind their data"
+        self._note("rolled back", text, step=self.first)
 
     def _note(self, event: str, text: str, **facts):
         """Say something, and keep it in events.jsonl."""
@@ -309,19 +314,20 @@ class Run:
         for text in found:
             self._note("audit", f"step {self.first:,}: {text}", step=self.first)
 
-    def _save(self, step: int | None = None, last: bool = False):
-        """Save; a failure is an error at the end of a run alone, for before it is still going."""
-        step = self.first if step is None else step
-        try:
-            with self.ledger.spent_on("save"):
-                if step not in (0, self.checkpoints.latest_step()):
-                    mean = None if self.ema is None else self.ema.params()
-                    self.checkpoints.save(step, self.state._replace(ema=mean), self._beside())
-                    self.loads.save()
-        except OSError as error:
-            if last:
-                raise
-            self._note("not saved", f"{error}\nTraining goes on.", step=step)
+    def _save(self):
+        """Start a save; one that fails is told, and training goes on."""
+        with self.ledger.spent_on("save"):
+            for act in (self.checkpoints.wait, self._start_save):
+                try:
+                    act()
+                except SaveFailed as error:
+                    self._note("not saved", f"{error}\nTraining goes on.", step=self.first)
+
+    def _start_save(self):
+        if self.first not in (0, self.checkpoints.latest_step()):
+            mean = None if self.ema is None else self.ema.params()
+            self.checkpoints.save(self.first, self.state._replace(ema=mean), self._beside())
+            self.loads.save()
 
     def _beside(self) -> dict:
         """What a checkpoint holds besides the state."""
