@@ -71,7 +71,7 @@ def test_bad_batches_are_skipped_and_left_behind(tmp_path, programs):
     told = [event["event"] for event in events_of(tmp_path / "three bad")]
     assert told == ["skipped", "skipped", "skipped", "rolled back"]
 
-    assert "3 steps in a row were skipped" in measured["all bad"]["error"]
+    assert "3 steps in a row, to step 3, were skipped" in measured["all bad"]["error"]
     assert "There is no earlier checkpoint to go back to (none)" in measured["all bad"]["error"]
 
     found, here = goodput(tmp_path / "slow data"), measured["slow data"]
@@ -96,9 +96,47 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, programs):
+    """40 steps against 20 and SIGKILL, some and SIGTERM, and the rest; then a damaged checkpoint.
+
+    Batches grow on the way, and the mean weights go on as well. All rows are equal, and all bits of
+    the last state.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ramp = ("train.first_batch=4", "train.batch_sizes=2", "train.ramp_tokens=3840")  # 30 steps
+    more = (*ramp, "ema.decay=0.9", "train.eval_every=20")
+    done = subprocess.run(command(whole, 40, *more), check=True, capture_output=True, text=True)
+    assert "nats below the unigram entropy" in done.stdout and "sample:" in done.stdout
+    for name in ("plots/loss.png", "plots/expert_load.png", "config.json", "expert_load.npz"):
+        assert (whole / name).stat().st_size > 0
+
+    for number, until in ((signal.SIGKILL, 20), (signal.SIGTERM, 27)):
+        process = subprocess.Popen(command(killed, 40, *more), stdout=subprocess.PIPE, text=True)
+        wait_for_step(killed, until, process)
+        os.kill(process.pid, number)
+        out, _ = process.communicate(timeout=120)
+    assert "stopped and saved at step" in out and process.returncode == 143
+    newest = max(int(path.name) for path in (killed / "checkpoints").glob("[0-9]*"))
+    data = max(
+        (killed / f"checkpoints/{newest}").rglob("d/*"), key=lambda path: path.stat().st_size
+    )
+    flipped = bytearray(data.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    data.write_bytes(flipped)
+    again = subprocess.run(command(killed, 40, *more), check=True, capture_output=True, text=True)
+    assert f"checkpoints/{newest} is damaged" in again.stdout
+    assert f"resuming at step {newest - newest % 5 - 5 * (newest % 5 == 0)}" in again.stdout
+    assert (killed / f"checkpoints/damaged/{newest}").is_dir()
+    assert rows_of(killed) == rows_of(whole) and list(rows_of(whole)) == list(range(1, 41))
+    assert all(row["dropped_tokens"] == 0 for row in rows_of(whole).values())
+    assert newest_fingerprints(killed) == newest_fingerprints(whole)
+    assert any(name.startswith("ema.") for name in newest_fingerprints(whole))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_one_of_two_processes_is_killed(tmp_path, programs):
-    """The supervisor runs both again; one process goes on alone; losses are those of one process."""
+    """The supervisor runs both again, and one goes on alone; losses are those of one process."""
     alone, both = tmp_path / "alone", tmp_path / "both"
     subprocess.run(command(alone, 16), check=True, capture_output=True)
     begin = time.time()

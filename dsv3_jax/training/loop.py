@@ -141,13 +141,14 @@ class Run:
         self.progress = metrics.Progress(
             self.config.train.steps, self.first, self.peak_label, self.console
         )
-        with _signals(self), self.progress, jax.transfer_guard("disallow"):
-            self._steps()
-        self.log.close()
-        with self.ledger.spent_on("save"):
-            self.checkpoints.wait()
-            self._start_save()
-            self.checkpoints.close()
+        with contextlib.closing(self.checkpoints):  # whatever happens, a save is finished
+            with _signals(self), self.progress, jax.transfer_guard("disallow"):
+                self._steps()
+            self.log.close()
+            with self.ledger.spent_on("save"):
+                self.checkpoints.wait()
+                self._start_save()
+                self.checkpoints.wait()
         with self.ledger.spent_on("end"):
             rows = metrics.read(self.folder / "metrics.jsonl")
             self._draw(rows)

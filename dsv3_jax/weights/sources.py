@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.checkpoint import SavedSteps
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.hf_config import read_config
 from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, flatten, official_shapes, our_shapes
@@ -127,11 +127,15 @@ class Source(Protocol):
 def open_weights(directory: str | Path) -> Source:
     """The weights in a folder of any of the kinds above.
 
+    "FOLDER@ema" are the mean weights of a run that keeps them (`ema.decay`).
+
     Raises:
         FileNotFoundError: nothing of the kind is there.
         ValueError: what is there is damaged or does not fit together; says which file and tensor.
     """
-    directory = Path(directory).expanduser()
+    name, mean, kind = str(directory).rpartition("@")
+    mean = bool(mean) and kind == "ema"
+    directory = Path(name if mean else directory).expanduser()
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -144,10 +148,12 @@ def open_weights(directory: str | Path) -> Source:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a JSON object, not {str(values)[:100]}")
+    if mean and "train" not in values:
+        raise ValueError(f"{directory}@ema: only workdirs of train.py hold mean weights")
     if "imported_from" in values:
         return Imported(directory, values)
     if "train" in values:
-        return Workdir(directory, values)
+        return Workdir(directory, values, mean)
     return Official(directory)
 
 
@@ -199,7 +205,7 @@ class Imported(_Saved):
         self.directory = directory
         self.config = from_dict(ModelConfig, values["model"])
         self.dtype: str = values["dtype"]
-        self.checkpoints = Checkpoints(directory / "parts", keep=None)
+        self.checkpoints = SavedSteps(directory / "parts")
         missing = len(parts(self.config)) - len(self.checkpoints.steps())
         if missing:
             raise ValueError(
@@ -232,16 +238,19 @@ def _joined(layers: list[jax.Array], like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 class Workdir(_Saved):
-    """The newest checkpoint of a run."""
+    """The newest checkpoint of a run: its weights, or the mean of them."""
 
     dtype = "float32"
 
-    def __init__(self, directory: Path, values: dict):
+    def __init__(self, directory: Path, values: dict, mean: bool = False):
         self.directory = directory
         self.config = from_dict(Config, values).model
-        self.checkpoints = Checkpoints(directory / "checkpoints", keep=None)
+        self.checkpoints = SavedSteps(directory / "checkpoints")
         if not self.checkpoints.steps():
             raise FileNotFoundError(f"{directory}: the run has no checkpoint yet")
+        self._kinds = ("ema" if mean else "params", "bias")
+        if mean and not any(name.startswith("ema.") for name in self.checkpoints.shapes()):
+            raise ValueError(f"{directory}@ema: the run kept no mean weights; it needs ema.decay")
         self._whole: Arrays = {}  # stacks, kept because they may be asked for layer by layer
 
     def load(self, wanted: Wanted, first: int = 0, advance: Advance = lambda n: None) -> Arrays:
@@ -265,7 +274,7 @@ class Workdir(_Saved):
         there, shapes = self.checkpoints.shapes(), our_shapes(self.config)
         whole = {}
         for path, like in wanted.items():
-            kinds = (f"{kind}.{path}.value" for kind in ("params", "bias"))
+            kinds = (f"{kind}.{path}.value" for kind in self._kinds)
             name = next(name for name in kinds if name in there)
             whole[name] = jax.ShapeDtypeStruct(shapes[path], like.dtype, sharding=like.sharding)
         return whole

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from reference.train_command import settings
 
 from configs import load_preset
 from dsv3_jax.overrides import override
 from dsv3_jax.training import loop, step
-from sharding.mesh import start_devices
+from sharding.mesh import BATCH, on_devices, start_devices
 
 whole_gradients, Run = step.loss_and_gradients, loop.Run
 
@@ -45,7 +46,8 @@ class FaultyRun(Run):
         begin = self.loader.row - self.sizes.size(self.first)
         first, last = self.faults.get("bad", (0, 0))
         if first <= begin < last:
-            batch = batch._replace(mask=jnp.zeros_like(batch.mask, device=batch.mask.sharding))
+            mask = np.zeros(batch.mask.shape, bool)
+            batch = batch._replace(mask=on_devices(mask, self.mesh, BATCH))
         return super()._step(batch)
 
     def _due(self, number: int):
