@@ -8,8 +8,11 @@ from sharding.schedule import nearest_micro
 
 def check_mesh(config: Config, mesh: MeshSpec):
     """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
-    for batch in reversed(BatchSizes.of(config.train).sizes):
-        _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
+    train = config.train
+    for batch in reversed(BatchSizes.of(train).sizes):
+        ramp = f" (on the way from train.first_batch={train.first_batch} to {train.batch})"
+        what = f"train.batch={batch} sequences" + ramp * (batch < train.batch)
+        _check_divides(what, batch, "dp * ep", mesh.data, mesh)
     check_model_mesh(config.model, mesh)
     if mesh.pp > 1:
         for batch in BatchSizes.of(config.train).sizes:

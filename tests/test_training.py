@@ -116,7 +116,7 @@ def test_stages_train_alike(tmp_path, programs):
 ERRORS = [
     (["--join=here"], "write ADDRESS,NUMBER,COUNT"),
     (["--set", "train.batch_sizes=1"], "train.batch_sizes=1 must be at least 2"),
-    (["--mesh=dp8", "--set", "train.first_batch=12"], "train.batch=12 sequences cannot be divided"),
+    (["--mesh=dp8", "--set", "train.first_batch=12"], "train.batch=27 sequences (on the way"),
     (["--set", "ema.decay=1"], "ema.decay=1.0 must lie between 0 and 1"),
     (["--set", "guard.skip_above=1"], "guard.skip_above=1.0 must exceed 1"),
     (["--config=tinny"], "did you mean 'tiny'"),
