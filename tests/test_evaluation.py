@@ -2,17 +2,21 @@
 
 import dataclasses
 import functools
-import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.evaluation import CHECKPOINT, RUNS, golden, prompts, scorer
+from reference.evaluation import CHECKPOINT, GOLDENS, RUNS, golden, prompts, scorer
 
+from dsv3_jax.evaluation import __main__ as command
 from dsv3_jax.evaluation import scorer as scorer_module
 from dsv3_jax.evaluation.completions import Ending, complete
+from dsv3_jax.evaluation.own_tasks import CATEGORIES, PER_CATEGORY, wordnet_questions
 from dsv3_jax.evaluation.perplexity import perplexity, prefix_id, windows
 from dsv3_jax.evaluation.scorer import Pair, Scorer, padded, token_scores
 from sharding.mesh import MeshSpec
@@ -127,16 +131,17 @@ def expected() -> list[float]:
     return [x.log_probability for x in scores("nobos")[:6]]
 
 
-def test_one_at_a_time():
+def test_one_at_a_time_and_less_padding():
     found = Scorer(scorer().generator, 160, 1)(some())
     np.testing.assert_allclose([x.log_probability for x in found], expected(), atol=SAME)
 
 
-@pytest.mark.parametrize("mesh", ["dp2,ep2", pytest.param("ep4", marks=pytest.mark.slow)])
-def test_a_mesh_changes_nothing(mesh):
+@pytest.mark.slow
+def test_a_mesh_changes_nothing():
     """The batch of 2 is rounded up to 4 devices, and the last one is not full."""
-    found = scorer(mesh, 2)(some())
-    assert scorer(mesh, 2).batch == 4
+    sharded = scorer("dp2,ep2", 2)
+    found = sharded(some())
+    assert sharded.batch == 4
     np.testing.assert_allclose([x.log_probability for x in found], expected(), atol=SAME)
     assert [x.greedy for x in found] == [x.greedy for x in scores("nobos")[:6]]
 
@@ -148,9 +153,9 @@ def test_the_same_pair_runs_once():
 
 
 def test_padding():
-    assert [padded(n, 160) for n in (1, 32, 33, 128, 129, 160)] == [32, 32, 64, 128, 160, 160]
-    assert len({padded(n, 4096) for n in range(1, 4097)}) == 8
-    assert padded(1, 8) == 8
+    assert [padded(n, 32, 160) for n in (1, 32, 33, 128, 129, 160)] == [32, 32, 64, 128, 160, 160]
+    assert len({padded(n, 32, 4096) for n in range(1, 4097)}) == 8
+    assert padded(1, 32, 8) == 8
 
 
 @pytest.mark.parametrize("piece", [3, 12])
@@ -184,12 +189,112 @@ def test_bad_pairs(pair, message):
         scorer()([Pair((1,), (2,)), pair])
 
 
+@pytest.mark.parametrize("sizes", [(0, 1), (160, 0)])
+def test_bad_sizes(sizes):
+    with pytest.raises(ValueError, match="must be positive"):
+        Scorer(scorer().generator, *sizes)
+
+
 def test_prefix_without_bos():
     """Where the tokenizer has none, a text stands after the end of another."""
     bare = dataclasses.replace(prompts(), special={})
     assert prefix_id(prompts()) == 0 and prefix_id(bare) == bare.stop_ids[0] == 1
 
 
-def test_the_goldens_are_of_this_checkpoint():
-    assert json.loads((CHECKPOINT / "config.json").read_text())["vocab_size"] == 768
-    assert scorer().generator.config.vocab_size == 768 and scorer().max_length == 160
+# The command, without lm-eval
+
+
+def run(monkeypatch, *arguments: str):
+    monkeypatch.setattr(sys, "argv", ["evaluation", f"--weights={CHECKPOINT}", *arguments])
+    command.main()
+
+
+@pytest.mark.slow
+def test_tables(monkeypatch, capsys):
+    """Not wider than a terminal of 80, with the recorded bits a byte of the first text."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(GOLDENS)
+    run(monkeypatch, "--data=tasks/ppl.jsonl", "--text-field=page", "--limit=1", "--batch=1")
+    printed = capsys.readouterr().out
+    text = golden("nobos")["ppl"][0]
+    assert f"{-text['loglik'] / text['bytes'] / math.log(2):.3f}" in printed
+    assert "tasks/ppl.jsonl" in printed and f" {text['token_count']} " in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_help_shows_how(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "--help")
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and out.count("python -m dsv3_jax.evaluation --weights") >= 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data=nowhere"], "does not exist"),
+        (["--data=x", "--limit=0"], "--limit=0 must be at least 1"),
+        (["--data=x", "--mesh=xp8"], "'xp8' is not understood"),
+        (["--tasks=mmlu_dev"], "pip install 'dsv3_jax[eval]'"),
+    ],
+)
+def test_errors_come_in_one_line_and_before_the_weights_are_read(monkeypatch, arguments, message):
+    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    ours = ("dsv3_jax.evaluation.harness", "dsv3_jax.evaluation.run_tasks")
+    for name in [name for name in sys.modules if name.startswith("lm_eval.") or name in ours]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, *arguments)
+    assert exit.value.code.startswith("error: ") and message in exit.value.code
+    assert "\n" not in exit.value.code
+
+
+def test_nothing_to_do(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch)
+    assert "give --data, --tasks or both" in capsys.readouterr().err
+
+
+# WordNet's questions
+
+
+def line(number: int, category: int, gloss: str) -> str:
+    return f"{number:08} {category:02} n 01 word 0 000 | {gloss}  "
+
+
+@pytest.fixture
+def wordnet(tmp_path) -> Path:
+    """A database with the licence in front, and definitions that name their category."""
+    lines = ["  1 This software and database is provided ..."]
+    for number in range(PER_CATEGORY + 2):
+        for category in range(3, 29):
+            gloss = f'one of {category}, number {number}; and more; "an example"; "another"'
+            lines.append(line(number, category, gloss))
+    (tmp_path / "data.noun").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_wordnet_questions(wordnet):
+    questions = list(wordnet_questions(wordnet))
+    assert [q["answer"] for q in questions] == [*range(26)] * PER_CATEGORY  # balanced at any limit
+    assert len({q["prompt"] for q in questions}) == len(questions)
+    for question in questions:
+        assert question["choices"] == CATEGORIES and len(set(CATEGORIES)) == 26
+        definition = rf"one of {question['answer'] + 3}, number \d+; and more"
+        assert re.fullmatch(definition + "\nThis is a kind of", question["prompt"])
+    assert CATEGORIES[5 - 3] == "animal" and CATEGORIES[28 - 3] == "time"
+
+
+def test_wordnet_is_the_same_every_time(wordnet):
+    first = list(wordnet_questions(wordnet))
+    assert list(wordnet_questions(wordnet)) == first
+    assert [q["prompt"] for q in first] != sorted(q["prompt"] for q in first)
+
+
+def test_no_wordnet(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data.noun does not exist.*--wordnet"):
+        list(wordnet_questions(tmp_path))
+    (tmp_path / "data.noun").write_text(line(1, 3, "that which is") + "\n")
+    with pytest.raises(ValueError, match="1 definitions of concept, fewer than 40"):
+        list(wordnet_questions(tmp_path))

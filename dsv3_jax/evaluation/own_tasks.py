@@ -72,6 +72,7 @@ def mmlu_questions() -> Iterator[dict]:
             if parts is None or answer is None or "(E)" in example["question"]:
                 continue  # one question has five choices
             question, *texts = (text.strip() for text in parts.groups())
+            texts = (" ".join(text.split()) for text in texts)  # a line each
             choices = "".join(f"\n{a}. {text}" for a, text in zip("ABCD", texts, strict=True))
             start = f"The following is a multiple choice question (with answer) about {subject}."
             yield {

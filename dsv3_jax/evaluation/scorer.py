@@ -21,7 +21,6 @@ from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
 from sharding.mesh import BATCH, MeshSpec, placement
 from sharding.vocabulary import n_pieces, walk
 
-SHORTEST = 32  # tokens that a row is padded to at least
 Advance = Callable[[int], object]  # is told how many more pieces of work are done
 Bar = Callable[[str, int], contextlib.AbstractContextManager[Advance]]  # of (what, total)
 
@@ -46,12 +45,13 @@ class Scorer:
     Args:
         max_length: most tokens that the model reads; contexts lose their beginning.
         batch: rows that run at once, rounded up to the mesh's data shares.
+        shortest: tokens that rows are padded to at least.
     """
 
-    def __init__(self, generator: Generator, max_length: int, batch: int):
+    def __init__(self, generator: Generator, max_length: int, batch: int, shortest: int = 32):
         if max_length < 1 or batch < 1:
             raise ValueError(f"max_length={max_length} and batch={batch} must be positive")
-        self.generator, self.max_length = generator, max_length
+        self.generator, self.max_length, self._shortest = generator, max_length, shortest
         layout, shares = generator.layout, generator.layout.mesh.data
         self.batch = -(-batch // shares) * shares
 
@@ -94,7 +94,7 @@ class Scorer:
         """Scores of one batch."""
         rows = [np.array(pair.context + pair.continuation) for pair in pairs]
         rows = [row[-(self.max_length + 1) :] for row in rows]
-        width = padded(max(map(len, rows)) - 1, self.max_length)
+        width = padded(max(map(len, rows)) - 1, self._shortest, self.max_length)
         tokens = np.zeros((self.batch, width), np.int32)
         targets = np.zeros((self.batch, width), np.int32)
         for i, row in enumerate(rows):
@@ -115,9 +115,9 @@ def no_bar(what: str, total: int) -> Iterator[Advance]:
     yield lambda n: None
 
 
-def padded(n: int, most: int) -> int:
-    """The power of two that holds `n` tokens, at least `SHORTEST`, at most `most`."""
-    return min(max(SHORTEST, 1 << (n - 1).bit_length()), most)
+def padded(n: int, least: int, most: int) -> int:
+    """The power of two that holds `n` tokens, at least `least`, at most `most`."""
+    return min(max(least, 1 << (n - 1).bit_length()), most)
 
 
 def token_scores(
