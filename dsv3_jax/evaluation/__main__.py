@@ -90,7 +90,8 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         run = _prepared(names, arguments, Path(folder)) if names else None
         model = load_model(source, arguments.dtype, mesh)
         generator = Generator(model, mesh, multiple=MULTIPLE)
-        max_length = arguments.max_length or source.max_length
+        given = arguments.max_length
+        max_length = source.max_length if given is None else given
         settings = {"weights": str(arguments.weights), "max_length": max_length}
         scorer = Scorer(generator, max_length, arguments.batch)
         costs = _perplexities(texts, scorer, prompts)
