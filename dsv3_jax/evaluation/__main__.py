@@ -14,7 +14,7 @@ each token counts once.
 mmlu_dev (281 questions of MMLU's dev split; no MMLU score) and wordnet (definition to category; see
 --wordnet). With --include come yours: a folder with task files as lm-eval reads them. Its built-in
 tasks fetch their data sets. Read a value against chance and its standard error. acc takes the
-likeliest choice, acc_norm the likeliest a byte, acc_mutual_info the one that the question makes
+likeliest choice, acc_norm the likeliest a letter, acc_mutual_info the one that the question makes
 likelier the most, which suits small models.
 
 Contexts longer than --max-length lose their beginning.
