@@ -46,7 +46,7 @@ def main():
         sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
         mesh = start_mesh(arguments.mesh)
         source = open_weights(arguments.weights)
-        prompts = load_prompts(arguments.weights)
+        prompts = load_prompts(source.directory)
         ids = [_ids(prompts, text, arguments.chat) for text in arguments.prompt]
         check_request(ids, arguments.max_new, source.config.vocab_size)
         generator = Generator(

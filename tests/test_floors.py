@@ -35,6 +35,7 @@ FLOORS = {
     "dsv3_jax.training": 7,
     "dsv3_jax.generate": 7,
     "dsv3_jax.tunnel": 8,
+    "dsv3_jax.evaluation": 8,
     "dsv3_jax.posttrain": 8,
     "dsv3_jax.serving": 8,
     "dsv3_jax": 9,  # the package's own __init__: names for its users, not for its modules

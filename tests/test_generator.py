@@ -95,7 +95,7 @@ def test_parameters_lie_where_the_programs_want_them():
     """Nothing is moved at a call: experts, embedding and head are split over the expert axes."""
     made = generator("dp2,ep2")
     for leaf, spec in zip(made._leaves, made._specs, strict=True):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(made._mesh, spec), leaf.ndim)
+        assert leaf.sharding.is_equivalent_to(NamedSharding(made.mesh, spec), leaf.ndim)
     assert len({str(spec) for spec in made._specs}) > 2
 
 

@@ -123,6 +123,16 @@ def extend(
     return logits, Cache(tuple(layers), cache.start, cache.length + tokens.shape[1])
 
 
+def read(served: Served, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm over whole texts, padded on the right; no cache."""
+    positions = positions_of(tokens)
+
+    def attend(block, h):
+        return block.attention(h, positions, platform=layout.mesh.platform)
+
+    return _through(served, tokens, layout, attend)
+
+
 def _stored(latents: Latents, fp8: bool) -> Latents | Fp8Latents:
     return Fp8Latents(quantize(latents.c_kv, TILE), latents.k_rope) if fp8 else latents
 

@@ -1,7 +1,7 @@
 """Continuations of a batch of prompts, token by token, on one device or a mesh."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,14 +36,27 @@ class Generator:
     """
 
     def __init__(
-        self, model: DeepSeekV3, mesh: Mesh, capacity: float = 1.25, fp8_cache: bool = False
+        self,
+        model: DeepSeekV3,
+        mesh: Mesh,
+        capacity: float = 1.25,
+        fp8_cache: bool = False,
+        multiple: int = 1,
     ):
-        self.config, self._fp8_cache = model.config, fp8_cache
-        self._mesh = mesh
-        self._layout = Layout(mesh=spec_of(mesh), zero=0, capacity=capacity)
+        """Take `model` apart.
+
+        Args:
+            capacity: rows that a device has room for in an exchange of tokens, over the even share.
+            fp8_cache: remember tokens in FP8.
+            multiple: prompts are padded to a multiple of this many tokens: fewer programs are
+                compiled for batches of many lengths.
+        """
+        self.config, self._fp8_cache, self._multiple = model.config, fp8_cache, multiple
+        self.mesh = mesh
+        self.layout = Layout(mesh=spec_of(mesh), zero=0, capacity=capacity)
         self._graphdef, state = nnx.split(Served(model))
         leaves, self._treedef = jax.tree.flatten(state)
-        self._specs = jax.tree.leaves(specs(state, self._layout))
+        self._specs = jax.tree.leaves(specs(state, self.layout))
         self._leaves = leaves  # flat, because every call flattens what it is given
 
     def __call__(
@@ -64,38 +77,50 @@ class Generator:
                 mesh and the other rows.
         """
         check_request(prompts, max_new, self.config.vocab_size)
-        tokens, start = _left_padded(prompts, self._layout.mesh.data)
+        tokens, start = _left_padded(prompts, self.layout.mesh.data, self._multiple)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(start)))
-        put = functools.partial(jax.device_put, device=placement(self._mesh, BATCH))
+        put = functools.partial(jax.device_put, device=placement(self.mesh, BATCH))
         tokens, start, keys = put(tokens), put(start), put(jax.random.key_data(keys))
         size = -(-(tokens.shape[1] + max_new) // ROOM) * ROOM
         first, further = self._programs(sampling, size)
         done = np.zeros(len(prompts), bool)
-        token, cache = first(self._leaves, tokens, start, keys)
+        token, cache = first(tokens, start, keys)
         for i in range(max_new):
             current = token
             if i + 1 < max_new:  # runs while the caller looks at the current one
-                token, cache = further(self._leaves, token, cache, keys)
+                token, cache = further(token, cache, keys)
             ids = np.asarray(current)[: len(prompts)]
             done = done | np.isin(ids, stop_ids)
             yield Step(ids, done)
             if done.all():
                 return
 
+    def program(self, fn: Callable, inputs: tuple, outputs, donate: tuple = ()) -> Callable:
+        """`fn(served, *arguments)` with this generator's weights, compiled for its mesh.
+
+        Args:
+            inputs, outputs: how arguments and results lie on the mesh.
+            donate: which arguments the results may overwrite.
+        """
+
+        def shard(leaves, *arguments):
+            return fn(nnx.merge(self._graphdef, self._treedef.unflatten(leaves)), *arguments)
+
+        run = region(shard, self.mesh, (self._specs, *inputs), outputs)
+        compiled = jax.jit(run, donate_argnums=tuple(1 + place for place in donate))
+        return functools.partial(compiled, self._leaves)
+
     @functools.cache  # noqa: B019 one generator lives as long as its process
     def _programs(self, sampling: Sampling, size: int):
-        """(leaves, prompts, start, keys) and (leaves, tokens, cache, keys) -> (tokens, cache)."""
-        layout = self._layout
+        """(prompts, start, keys) and (tokens, cache, keys) -> (tokens, cache)."""
+        layout = self.layout
 
-        def served(leaves) -> Served:
-            return nnx.merge(self._graphdef, self._treedef.unflatten(leaves))
-
-        def first(leaves, tokens, start, keys):
-            logits, cache = prefill(served(leaves), tokens, start, size, layout, self._fp8_cache)
+        def first(served, tokens, start, keys):
+            logits, cache = prefill(served, tokens, start, size, layout, self._fp8_cache)
             return choose_tokens(logits, keys, cache.length - start, sampling), cache
 
-        def further(leaves, tokens, cache, keys):
-            logits, cache = extend(served(leaves), tokens[:, None], cache, layout)
+        def further(served, tokens, cache, keys):
+            logits, cache = extend(served, tokens[:, None], cache, layout)
             place = cache.length - cache.start
             return choose_tokens(logits[:, 0], keys, place, sampling), cache
 
@@ -103,9 +128,8 @@ class Generator:
         layers = (kind(BATCH, BATCH),) * self.config.n_layers
         caches = Cache(layers, BATCH, REPLICATED)
         out = (BATCH, caches)
-        first = region(first, self._mesh, (self._specs, BATCH, BATCH, BATCH), out)
-        further = region(further, self._mesh, (self._specs, BATCH, caches, BATCH), out)
-        return jax.jit(first), jax.jit(further, donate_argnums=2)
+        first = self.program(first, (BATCH, BATCH, BATCH), out)
+        return first, self.program(further, (BATCH, caches, BATCH), out, donate=(1,))
 
 
 def check_request(prompts: Sequence[Sequence[int]], max_new: int, vocab_size: int):
@@ -124,11 +148,11 @@ def check_request(prompts: Sequence[Sequence[int]], max_new: int, vocab_size: in
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], multiple: int
+    prompts: Sequence[Sequence[int]], shares: int, multiple: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Prompts that end together, and where each begins; the last is repeated to fill the batch."""
-    rows = [*prompts, *[prompts[-1]] * (-len(prompts) % multiple)]
-    width = max(map(len, rows))
+    rows = [*prompts, *[prompts[-1]] * (-len(prompts) % shares)]
+    width = -(-max(map(len, rows)) // multiple) * multiple
     tokens = np.zeros((len(rows), width), np.int32)
     for row, prompt in zip(tokens, rows, strict=True):
         row[width - len(prompt) :] = prompt

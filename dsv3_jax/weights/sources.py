@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint import SavedSteps
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.hf_config import read_config
+from dsv3_jax.hf_config import length_of, read_config, read_length
 from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, flatten, official_shapes, our_shapes
 from dsv3_jax.layers.linear import scale_spec, specs
 from dsv3_jax.model import DeepSeekV3, abstract_model
@@ -115,6 +115,7 @@ class Source(Protocol):
 
     directory: Path | None
     config: ModelConfig
+    max_length: int  # most tokens of a text that the model was trained for
     dtype: str  # the narrowest of float32 and bfloat16 that loses nothing of the matrices
 
     def load(self, wanted: Wanted, first: int = 0, advance: Advance = ...) -> Arrays:
@@ -164,6 +165,7 @@ class Official:
         self.directory, self.folder = directory, Folder(directory)
         self.config = _with_what_is_there(read_config(directory), self.folder)
         check_tensors(self.folder, self.config)
+        self.max_length = read_length(directory)
         kinds = {x.dtype for name, x in self.folder.items() if not name.endswith((SCALE, BIAS))}
         narrow = kinds == {"BF16"}
         self.dtype = "bfloat16" if narrow else "float32"
@@ -204,6 +206,7 @@ class Imported(_Saved):
     def __init__(self, directory: Path, values: dict):
         self.directory = directory
         self.config = from_dict(ModelConfig, values["model"])
+        self.max_length = length_of(self.config)
         self.dtype: str = values["dtype"]
         self.checkpoints = SavedSteps(directory / "parts")
         missing = len(parts(self.config)) - len(self.checkpoints.steps())
@@ -244,7 +247,8 @@ class Workdir(_Saved):
 
     def __init__(self, directory: Path, values: dict, mean: bool = False):
         self.directory = directory
-        self.config = from_dict(Config, values).model
+        run = from_dict(Config, values)
+        self.config, self.max_length = run.model, run.train.seq_len
         self.checkpoints = SavedSteps(directory / "checkpoints")
         if not self.checkpoints.steps():
             raise FileNotFoundError(f"{directory}: the run has no checkpoint yet")
@@ -285,6 +289,7 @@ class InMemory(_Saved):
 
     def __init__(self, model: DeepSeekV3):
         self.directory, self.config = None, model.config
+        self.max_length = length_of(model.config)
         self.dtype = str(model.policy.master)
         self._arrays = flatten(nnx.state(model))
 
