@@ -136,12 +136,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, programs):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_one_of_two_processes_is_killed(tmp_path, programs):
-    """The supervisor runs both again, and one goes on alone; losses are those of one process."""
+    """The supervisor runs both again; SIGTERM stops both at one step; one process goes on alone.
+
+    Losses are those of one process all along.
+    """
     alone, both = tmp_path / "alone", tmp_path / "both"
-    subprocess.run(command(alone, 16), check=True, capture_output=True)
-    begin = time.time()
+    subprocess.run(command(alone, 80), check=True, capture_output=True)
     process = subprocess.Popen(
-        [*command(both, 12), "--processes=2", "--supervise"],
+        [*command(both, 80), "--processes=2", "--supervise"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -150,22 +152,23 @@ def test_one_of_two_processes_is_killed(tmp_path, programs):
     first, second = children(process.pid)
     os.kill(second, signal.SIGKILL)
     killed = time.time()
+    while len((both / "ledger.jsonl").read_text().splitlines()) < 2 or max(rows_of(both)) < 12:
+        assert process.poll() is None and time.time() - killed < 120
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=300)
-    seconds = time.time() - begin
-    assert process.returncode == 0, err[-2000:]
+    assert process.returncode == 143, err[-2000:]
     assert "supervisor: crashed: process 1 ended with SIGKILL" in err
-    assert out.count("resuming at step 5") == 1  # process 0 speaks
+    assert out.count("resuming at step") == 1  # process 0 speaks
     ledger = [json.loads(line) for line in (both / "ledger.jsonl").read_text().splitlines()]
-    assert len(ledger) == 2
-    again = ledger[1]["begin"] + sum(
-        ledger[1]["seconds"].get(kind, 0.0) for kind in ("start", "restore", "compile")
-    )
-    assert again - killed < 60
-    assert sum(goodput(both).seconds.values()) == pytest.approx(seconds, rel=0.05)
-    subprocess.run(command(both, 16), check=True, capture_output=True)
+    before = sum(ledger[1]["seconds"].get(kind, 0.0) for kind in ("start", "restore", "compile"))
+    assert ledger[1]["begin"] + before - killed < 60
+    assert goodput(both).starts == 2 and 1.0 < goodput(both).seconds["down"] < 60  # the back-off
+    again = subprocess.run(command(both, 80), check=True, capture_output=True, text=True)
+    assert f"resuming at step {ledger[1]['last']}" in again.stdout
     want, got = rows_of(alone), rows_of(both)
-    assert list(got) == list(want) == list(range(1, 17))
+    assert list(got) == list(want) == list(range(1, 81))
     for step, row in got.items():
         for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(row[name], want[step][name], rtol=1e-4)
+            np.testing.assert_allclose(row[name], want[step][name], rtol=1e-3)
     assert (both / "processes/1/metrics.jsonl").exists()

@@ -75,10 +75,9 @@ class Run:
                 "parallel.transport='ragged': XLA has no ragged all-to-all for CPUs; use 'padded'"
             )
         train, extra = config.train, 1 + config.model.mtp_depth
-        with self.ledger.spent_on("data"):
-            self.corpus = data.load(
-                config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
-            )
+        self.corpus = data.load(
+            config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
+        )
         if process == 0:
             self.corpus.tokenizer.save(workdir / "tokenizer.json")
         self.sizes = BatchSizes.of(train)
