@@ -24,6 +24,10 @@ class Bad(NamedTuple):
     batch: str  # what identifies its data
 
 
+class TooManyBad(Exception):
+    """So many steps in a row were skipped that the run has to go back."""
+
+
 class Guard:
     """The bad steps in a row, and the checkpoint that the run last went back to."""
 

@@ -26,7 +26,7 @@ from dsv3_jax.stages import pipeline_of
 from dsv3_jax.training import metrics, notes, plots
 from dsv3_jax.training.audit import Copies, paces, slow_devices
 from dsv3_jax.training.ema import HostEma
-from dsv3_jax.training.guard import Bad, Events, Guard, Spikes
+from dsv3_jax.training.guard import Bad, Events, Guard, Spikes, TooManyBad
 from dsv3_jax.training.held_out import HeldOut, placed
 from dsv3_jax.training.history import LoadHistory
 from dsv3_jax.training.host import process_began
@@ -44,10 +44,6 @@ def train(config: Config, spec: MeshSpec, workdir: Path) -> Path:
     check_mesh(config, spec)
     check_workdir(config, workdir)
     return Run(config, spec, workdir).to_the_end()
-
-
-class TooManyBad(Exception):
-    """So many steps in a row were skipped that the run has to go back."""
 
 
 class Pending(NamedTuple):
@@ -128,6 +124,8 @@ class Run:
         check_text(self.config.data.source, extra["text"], self.corpus.fingerprint)
         self.state = state._replace(ema=None)
         if state.ema is not None:
+            if self.ema is not None:
+                self.ema.close()
             self.ema = HostEma(state.ema, self.config.ema)
         self.redundancy = Redundancy(self.config, self.mesh, extra["redundancy"])
         self.guard.restore(extra["guard"])
@@ -145,7 +143,7 @@ class Run:
                 self._steps()
             self.log.close()
             with self.ledger.spent_on("save"):
-                self.checkpoints.wait()
+                self._wait_for_save()
                 self._start_save()
                 self.checkpoints.wait()
         with self.ledger.spent_on("end"):
@@ -253,17 +251,20 @@ class Run:
     def _judge(self, pending: Pending, numbers: Metrics):
         """Note a step that was skipped, or a loss that stands out."""
         step, loss = pending.step, float(numbers.losses.main)
-        batch = notes.identity(pending.rows, pending.begin, self.sizes.size(step - 1))
         if numbers.skipped:
-            why = notes.why_skipped(numbers, self.config.model)
+            why, batch = notes.why_skipped(numbers, self.config.model), self._identity(pending)
             self._note("skipped", f"step {step:,} skipped: {why}; {batch}", step=step)
             if self.guard.bad(Bad(step, why, batch)):
                 raise TooManyBad
             return
         self.guard.good()
         if above := self.spikes.stands_out(loss):
-            text = f"step {step:,}: loss {loss:.4f} stands {above:.1f} deviations out; {batch}"
-            self._note("spike", text, step=step)
+            text = f"step {step:,}: loss {loss:.4f} stands {above:.1f} deviations out"
+            self._note("spike", f"{text}; {self._identity(pending)}", step=step)
+
+    def _identity(self, pending: Pending) -> str:
+        size = self.sizes.size(pending.step - 1)
+        return notes.identity(pending.rows, pending.begin, size)
 
     def _go_back(self):
         """Take the state of an earlier checkpoint, and go on behind the data that has come."""
@@ -317,11 +318,18 @@ class Run:
     def _save(self):
         """Start a save; one that fails is told, and training goes on."""
         with self.ledger.spent_on("save"):
-            for act in (self.checkpoints.wait, self._start_save):
-                try:
-                    act()
-                except SaveFailed as error:
-                    self._note("not saved", f"{error}\nTraining goes on.", step=self.first)
+            self._wait_for_save()
+            try:
+                self._start_save()
+            except SaveFailed as error:
+                self._note("not saved", str(error), step=self.first)
+
+    def _wait_for_save(self):
+        """Let the save before finish, and tell if it failed."""
+        try:
+            self.checkpoints.wait()
+        except SaveFailed as error:
+            self._note("not saved", str(error), step=self.first)
 
     def _start_save(self):
         if self.first not in (0, self.checkpoints.latest_step()):
@@ -360,16 +368,11 @@ class Run:
 
     def _finish(self, rows: list[dict]):
         """A continuation of held-out text, and where everything lies."""
-        evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
-        floor = self.corpus.unigram_entropy
         prompt, text = self.held_out.sample(self.state.params, self.state.bias)
         sample = rich.text.Text.assemble("\nsample: ", prompt, (text, "bold"), "\n")
         self.console.print(sample)
-        self.console.print(
-            f"done: held-out loss {evals[-1]:.4f}, {floor - evals[-1]:.4f} nats below the unigram "
-            f"entropy {floor:.4f}; plots in {self.workdir / 'plots'}",
-            markup=False,
-        )
+        end = notes.end(rows, self.corpus.unigram_entropy)
+        self.console.print(f"{end}; plots in {self.workdir / 'plots'}", markup=False)
 
 
 @contextlib.contextmanager

@@ -95,3 +95,12 @@ def identity(rows: dict[str, np.ndarray], begin: int, size: int) -> str:
         f"sequences {begin:,} to {begin + size - 1:,} of the order, here rows {some} of the text, "
         f"CRC-32 {crc:08x}"
     )
+
+
+def end(rows: list[dict], unigram_entropy: float) -> str:
+    """The last held-out loss."""
+    loss = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    return (
+        f"done: held-out loss {loss:.4f}, {unigram_entropy - loss:.4f} nats below the unigram "
+        f"entropy {unigram_entropy:.4f}"
+    )
