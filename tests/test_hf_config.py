@@ -55,9 +55,11 @@ def test_missing_field_with_a_default(name, fallback):
 
 @pytest.mark.parametrize(
     "name",
-    FIELDS.keys()
-    - {"num_nextn_predict_layers", "rms_norm_eps", "initializer_range", "rope_theta"}
-    - {"rope_scaling"},
+    sorted(
+        FIELDS.keys()
+        - {"num_nextn_predict_layers", "rms_norm_eps", "initializer_range", "rope_theta"}
+        - {"rope_scaling"}
+    ),
 )
 def test_missing_field_without_a_default(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(without(name)))
