@@ -31,8 +31,13 @@ def plot_loss(rows: list[dict], path: str | Path, unigram_entropy: float):
         tokens, losses = _series(rows, name, tokens_of)
         axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(tokens, smoothed(losses), color=color, linewidth=1.8, label=label)
-    tokens, losses = _series(rows, "eval_loss", tokens_of)
-    axes.plot(tokens, losses, "o", color=GREEN, markersize=5, label="held-out", zorder=3)
+    for name, style, label in (
+        ("eval_loss", {"marker": "o", "markersize": 5}, "held-out"),
+        ("eval_ema_loss", {"marker": "+", "markersize": 7}, "held-out, mean weights"),
+    ):
+        tokens, losses = _series(rows, name, tokens_of)
+        if len(tokens):
+            axes.plot(tokens, losses, linestyle="", color=GREEN, label=label, zorder=3, **style)
     axes.axhline(unigram_entropy, color=GREY, linestyle="--", linewidth=1.2)
     axes.annotate(
         f"unigram entropy {unigram_entropy:.2f}",
