@@ -7,16 +7,23 @@ from sharding.schedule import nearest_micro
 
 def check_mesh(config: Config, mesh: MeshSpec):
     """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
-    batch = config.train.batch
-    _check_divides(f"train.batch={batch} sequences", batch, "dp * ep", mesh.data, mesh)
+    batch, context = config.train.batch, config.parallel.context
+    _check_divides(f"the {mesh.ranks} ranks", mesh.ranks, "parallel.context", context, mesh)
+    axes = "dp * ep" if context == 1 else "dp * ep / parallel.context"
+    _check_divides(f"train.batch={batch} sequences", batch, axes, mesh.data // context, mesh)
     check_model_mesh(config.model, mesh)
     if mesh.pp > 1:
         _check_pipeline(config, mesh)
 
 
+def rows_a_device(config: Config, mesh: MeshSpec) -> int:
+    """Sequences, or slices of them, that a device has of a step's batch."""
+    return config.train.batch * config.parallel.context // mesh.data
+
+
 def n_micro_batches(config: Config, mesh: MeshSpec) -> int:
     """Micro-batches of a step that pass through the pipeline."""
-    return config.train.batch // (mesh.data * config.pipeline.micro_batch)
+    return rows_a_device(config, mesh) // config.pipeline.micro_batch
 
 
 def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
@@ -39,13 +46,13 @@ def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
             f"{schedule} on pp={mesh.pp} needs {fits} micro-batches, and train.batch="
             f"{config.train.batch} makes {n_micro} of pipeline.micro_batch="
             f"{config.pipeline.micro_batch} on {mesh.data} devices a stage; train.batch="
-            f"{fits * mesh.data * config.pipeline.micro_batch} works"
+            f"{fits * config.pipeline.micro_batch * mesh.data // config.parallel.context} works"
         )
     return None
 
 
 def _check_pipeline(config: Config, mesh: MeshSpec):
-    rows, micro = config.train.batch // mesh.data, config.pipeline.micro_batch
+    rows, micro = rows_a_device(config, mesh), config.pipeline.micro_batch
     if rows % micro:
         raise ValueError(
             f"mesh {mesh}: the {rows} sequences that a device has of train.batch="

@@ -54,7 +54,7 @@ def loss(table, x, labels):
 
 
 def parts_of(shared, swap) -> Parts:
-    def forward(w, x):
+    def forward(w, x, micro):
         h = jnp.tanh((x * w["scale"][None, None]) @ w["up"])
         y, seen = layer(w, x, swap)
         return y, (x, h), seen

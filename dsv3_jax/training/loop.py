@@ -26,6 +26,7 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.overrides import differences, to_dict
 from dsv3_jax.stages import pipeline_of
 from dsv3_jax.training import metrics, plots
+from dsv3_jax.training.batches import batch_of
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
 from dsv3_jax.training.history import LoadHistory
@@ -101,7 +102,8 @@ class Run:
             config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
         )
         self.corpus.tokenizer.save(workdir / "tokenizer.json")
-        share = share_of_process(self.mesh)
+        context = config.parallel.context
+        share = share_of_process(self.mesh, context)
         self.loader = data.Loader(self.corpus.train, train.batch, train.seed, share)
         self.tokens_per_step = train.batch * train.seq_len
         policy = Policy.of(config.precision)
@@ -118,7 +120,7 @@ class Run:
             self.corpus.held_out,
             train.batch,
             train.eval_batches,
-            share_of_process(self.flat_mesh),
+            share_of_process(self.flat_mesh, context),
         )
         how = (config, self.flat_mesh, self.flat_layout)
         self.evaluation = make_evaluation(*how)
@@ -195,13 +197,7 @@ class Run:
             self._report(log, progress, *pending, clock)
 
     def _batch(self, rows: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-        """Rows on the devices, with rows without targets where they cannot be shared out evenly."""
-        sharding = NamedSharding(mesh, BATCH)
-        tokens = rows["tokens"]
-        more = -len(tokens) % (spec_of(mesh).data // share_of_process(mesh)[1])
-        mask = np.pad(np.ones(tokens.shape, bool), ((0, more), (0, 0)))
-        both = (np.pad(tokens, ((0, more), (0, 0))), mask)
-        return Batch(*(jax.make_array_from_process_local_data(sharding, x) for x in both))
+        return batch_of(rows["tokens"], self.config, mesh, self.corpus.tokenizer.eos_id)
 
     def _report(self, log, progress, step: int, numbers: Metrics, since: float) -> float:
         """Log one step's numbers once it has run; returns when that was."""

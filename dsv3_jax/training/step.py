@@ -26,6 +26,7 @@ from dsv3_jax.optimizer import (
     mtp_weight,
 )
 from dsv3_jax.shapes import Array
+from dsv3_jax.training.batches import abstract_batch
 from dsv3_jax.training.pipelined import pipelined
 from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
 from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
@@ -153,10 +154,7 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     train, policy = config.train, Policy.of(config.precision)
     optimizer = make_optimizer(config.optimizer, policy, train.batch * train.seq_len)
     state = abstract_state(config, optimizer, mesh, layout)
-    shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)
-    place = placement(mesh, BATCH)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=place) for t in (jnp.int32, bool)))
-    extra = None
+    batch, extra = abstract_batch(config, mesh), None
     if n_redundant := config.model.moe and config.model.moe.n_redundant:
         shape = (config.model.n_moe_layers, n_redundant)
         extra = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement(mesh, REPLICATED))
