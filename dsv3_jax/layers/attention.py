@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
@@ -48,7 +49,7 @@ def fused_attention(q, k, v, scale: float, start=None, interpret: bool = False):
     Source: FlashAttention (arXiv 2205.14135); MLA's keys of 192 and values of 128 dims fit.
     """
     n_heads, n_queries, n_keys = q.shape[1], q.shape[2], k.shape[2]
-    mask = splash_attention_mask.CausalMask((n_queries, n_keys), offset=n_keys - n_queries)
+    mask = _CausalMask((n_queries, n_keys), offset=n_keys - n_queries)
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * n_heads),
         head_shards=1,
@@ -62,6 +63,26 @@ def fused_attention(q, k, v, scale: float, start=None, interpret: bool = False):
         return jax.vmap(kernel)(q, k, v)
     texts = splash_attention_kernel.SegmentIds(q=start[:, n_keys - n_queries :], kv=start)
     return jax.vmap(kernel)(q, k, v, texts)
+
+
+class _CausalMask(splash_attention_mask.CausalMask):
+    """The same mask, whose blocks off the diagonal are ready-made.
+
+    The kernel asks for every block while it is traced: at 128K that takes minutes otherwise.
+    """
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = block
+        first, last = queries.start + self.offset, queries.stop - 1 + self.offset
+        if first < keys.stop - 1 and keys.start <= last:
+            return super().__getitem__(block)
+        shape = (queries.stop - queries.start, keys.stop - keys.start)
+        return _filled(shape, keys.start <= first)
+
+
+@functools.cache
+def _filled(shape: tuple[int, int], value: bool) -> np.ndarray:
+    return np.full(shape, value)
 
 
 def _block_sizes(n_queries: int, n_keys: int) -> splash_attention_kernel.BlockSizes:
