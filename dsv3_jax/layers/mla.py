@@ -101,7 +101,7 @@ class MLA(nnx.Module):
 
     def keys_values(
         self, latents: Latents, layout: Layout = ONE_DEVICE
-    ) -> tuple[Float[Array, "B h S K"], Float[Array, "B h S O"]]:
+    ) -> tuple[Float[Array, "B h T K"], Float[Array, "B h T O"]]:
         """Keys and values of every head."""
         a = self.config
         kv = rearrange(self.kv_up(latents.c_kv), "b s (h k) -> b h s k", h=a.n_heads)

@@ -36,10 +36,10 @@ def batch_of(rows: Int32[np.ndarray, "b row"], config: Config, mesh: Mesh, end_i
     return jax.tree.map(place, Batch(rows, mask, start))
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """Shapes, types and placement of a training step's batch."""
+def abstract_batch(config: Config, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes, types and placement of the parts of a training step's `Batch`."""
     train, context = config.train, config.parallel.context
     shape = (train.batch * context, train.seq_len // context + 1 + config.model.mtp_depth)
     place = placement(mesh, BATCH)
     dtypes = (jnp.int32, bool, jnp.int32) if config.data.mask_documents else (jnp.int32, bool)
-    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes))
+    return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in dtypes)

@@ -154,7 +154,7 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     train, policy = config.train, Policy.of(config.precision)
     optimizer = make_optimizer(config.optimizer, policy, train.batch * train.seq_len)
     state = abstract_state(config, optimizer, mesh, layout)
-    batch, extra = abstract_batch(config, mesh), None
+    batch, extra = Batch(*abstract_batch(config, mesh)), None
     if n_redundant := config.model.moe and config.model.moe.n_redundant:
         shape = (config.model.n_moe_layers, n_redundant)
         extra = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement(mesh, REPLICATED))
