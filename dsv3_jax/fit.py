@@ -8,9 +8,7 @@ from sharding.schedule import nearest_micro
 def check_mesh(config: Config, mesh: MeshSpec):
     """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
     batch, context = config.train.batch, config.parallel.context
-    _check_divides(
-        f"the {mesh.ranks} ranks of a node", mesh.ranks, "parallel.context", context, mesh
-    )
+    _check_divides(f"{mesh.ranks} ranks a node", mesh.ranks, "parallel.context", context, mesh)
     axes = "dp * ep" if context == 1 else "dp * ep / parallel.context"
     _check_divides(f"train.batch={batch} sequences", batch, axes, mesh.data // context, mesh)
     check_model_mesh(config.model, mesh)

@@ -197,7 +197,7 @@ def test_processes_that_cut_groups_are_refused():
 
 
 ERRORS = [
-    ("dp2,ep2", ["parallel.context=4"], "the 2 ranks of a node cannot be divided over parallel"),
+    ("dp2,ep2", ["parallel.context=4"], "2 ranks a node cannot be divided over parallel.context=4"),
     ("dp8", ["parallel.context=2"], "parallel.context=1, or 2 instead of 1"),
     ("ep8", ["parallel.context=2", "train.batch=6"], "context=4; nearest that work: .*=3, or 4"),
     ("pp2,ep2", ["parallel.context=2", "pipeline.schedule=dualpipe", "train.batch=5"], "=6 works"),
