@@ -21,7 +21,9 @@ from dsv3_jax.losses import Batch
 from dsv3_jax.overrides import override
 from dsv3_jax.training.batches import abstract_batch, batch_of
 from dsv3_jax.training.step import loss_and_gradients
-from sharding.mesh import make_mesh, parse_mesh, parts_of_sequences
+from sharding.context import places, slices_sum, to_heads, to_slices, whole
+from sharding.mesh import BATCH, make_mesh, parse_mesh, parts_of_sequences, region, spec_of
+from sharding.rules import Layout
 
 EXTRA, END = 2, 3  # tokens that only targets need; the one behind every document
 DOCUMENTS = "data.mask_documents=True"
@@ -59,7 +61,7 @@ def run(mesh_text: str, config: Config, batch: Batch | None = None):
 
 
 @functools.cache
-def whole(*settings: str):
+def of_whole_rows(*settings: str):
     return run("dp1", config_with(*settings))
 
 
@@ -76,12 +78,30 @@ def largest_error(grads, want) -> float:
 def check(mesh: str, *settings: str):
     losses, stats, grads = run(mesh, config_with(*settings))
     model = [s for s in settings if not s.startswith(("pipeline.", "parallel."))]
-    want = whole(*model, "parallel.remat=none")
+    want = of_whole_rows(*model, "parallel.remat=none")
     chex.assert_trees_all_close(losses, want[0], rtol=2e-6, atol=0)
     np.testing.assert_array_equal(stats.load, want[1].load)
     np.testing.assert_array_equal(stats.sent, stats.load.sum(-1))
     np.testing.assert_allclose(stats.balance, want[1].balance, rtol=2e-6)
     assert largest_error(grads, want[2]) <= 2e-6
+
+
+def test_slices_become_heads_and_come_back():
+    """Two groups of 4 ranks; a rank has 3 tokens of 8 heads of 2 sequences, then 12 of 2 heads."""
+    mesh = make_mesh(parse_mesh("ep8"))
+    layout = Layout(mesh=spec_of(mesh), context=4)
+    x = np.random.default_rng(0).normal(size=(8 * 2, 8, 3, 5)).astype(np.float32)
+
+    def shard(x):
+        heads, place = to_heads(x, layout), places(3, layout)[None, :]
+        return heads, to_slices(heads, layout), whole(place, layout), slices_sum(place, layout)
+
+    heads, again, place, total = jax.jit(region(shard, mesh, BATCH, BATCH))(x)
+    want = rearrange(x, "(g n b) (m h) t k -> (g m b) h (n t) k", g=2, n=4, m=4)
+    np.testing.assert_array_equal(heads, want)
+    np.testing.assert_array_equal(again, x)
+    np.testing.assert_array_equal(place, np.tile(np.arange(12), (8, 1)))
+    np.testing.assert_array_equal(total, np.tile([18, 22, 26], (8, 1)))
 
 
 def test_slices_and_documents():
@@ -110,7 +130,7 @@ def test_more_meshes(mesh, settings):
 def test_fp8():
     """The same codes meet; what float32 sums change moves a code here and there."""
     settings = (DOCUMENTS, "precision=fp8", "precision.compute=float32")
-    want, got = whole(*settings), run("ep2", config_with(*settings, "parallel.context=2"))
+    want, got = of_whole_rows(*settings), run("ep2", config_with(*settings, "parallel.context=2"))
     np.testing.assert_allclose(got[0].total, want[0].total, rtol=1e-4)
     for a, b in zip(*map(jax.tree.leaves, (got[2], want[2])), strict=True):
         assert np.linalg.norm(a - b) <= 0.08 * np.linalg.norm(b)
@@ -122,8 +142,8 @@ def rows_of(documents: list[list[np.ndarray]]) -> Batch:
     rows = rng.integers(END + 1, VOCAB, (BATCH_SIZE, LENGTH + EXTRA)).astype(np.int32)
     mask = np.zeros(rows.shape, bool)
     for row, targets, parts in zip(rows, mask, documents, strict=False):
-        whole = np.concatenate(parts)
-        row[: len(whole)], targets[: len(whole)] = whole, True
+        text = np.concatenate(parts)
+        row[: len(text)], targets[: len(text)] = text, True
     return Batch(rows, mask, np.zeros(rows.shape, np.int32))
 
 
