@@ -55,7 +55,8 @@ def program(mesh_text: str, config: Config):
 def run(mesh_text: str, config: Config, batch: Batch | None = None):
     """(losses, statistics, gradients) of the program on a mesh, as NumPy arrays."""
     mesh, _ = placed(mesh_text, config)
-    batch = batch_of(text(), config, mesh, END) if batch is None else batch
+    if batch is None:
+        batch = batch_of(text()[:, : LENGTH + 1 + config.model.mtp_depth], config, mesh, END)
     found = program(mesh_text, config)(*parameters(config), batch, np.float32(0.3), None)
     return jax.tree.map(np.asarray, found)
 
