@@ -1,5 +1,7 @@
 """Whether the program of a config can be divided over a mesh, and if not, what would work."""
 
+import math
+
 from dsv3_jax.config import Config, ModelConfig
 from sharding.mesh import MeshSpec
 from sharding.schedule import nearest_micro
@@ -8,7 +10,12 @@ from sharding.schedule import nearest_micro
 def check_mesh(config: Config, mesh: MeshSpec):
     """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
     batch, context = config.train.batch, config.parallel.context
-    _check_divides(f"{mesh.ranks} ranks a node", mesh.ranks, "parallel.context", context, mesh)
+    if mesh.ranks % context:
+        raise ValueError(
+            f"mesh {mesh}: a sequence lies over parallel.context={context} ranks of a node, and "
+            f"ep has {mesh.ranks}; parallel.context={math.gcd(mesh.ranks, context)} works, and "
+            f"so does ep{context}"
+        )
     axes = "dp * ep" if context == 1 else "dp * ep / parallel.context"
     _check_divides(f"train.batch={batch} sequences", batch, axes, mesh.data // context, mesh)
     check_model_mesh(config.model, mesh)

@@ -114,27 +114,15 @@ def test_slices_and_documents():
 @pytest.mark.parametrize(
     "mesh, settings",
     [
-        ("ep4", ["parallel.context=4"]),
         ("dp2,ep4", [DOCUMENTS, "parallel.context=2", "parallel.zero=3"]),
-        ("ep2x4", ["parallel.context=2", "parallel.zero=3", "parallel.pieces=2"]),
-        ("dp2,ep4", [DOCUMENTS, "parallel.context=4", "parallel.remat=full", "model.mtp_depth=0"]),
+        ("ep2x4", [DOCUMENTS, "parallel.context=2", "parallel.zero=3", "parallel.pieces=2"]),
+        ("dp2,ep4", ["parallel.context=4", "parallel.remat=full", "model.mtp_depth=0"]),
         ("dp2", [DOCUMENTS, "parallel.pieces=2"]),
         ("pp2,ep2", [DOCUMENTS, "parallel.context=2", "pipeline.schedule=zb1p"]),
-        ("pp2,ep4", ["parallel.context=4", "parallel.remat=full", "model.n_layers=4"]),
     ],
 )
 def test_more_meshes(mesh, settings):
     check(mesh, *settings)
-
-
-@pytest.mark.slow
-def test_fp8():
-    """The same codes meet; what float32 sums change moves a code here and there."""
-    settings = (DOCUMENTS, "precision=fp8", "precision.compute=float32")
-    want, got = of_whole_rows(*settings), run("ep2", config_with(*settings, "parallel.context=2"))
-    np.testing.assert_allclose(got[0].total, want[0].total, rtol=1e-4)
-    for a, b in zip(*map(jax.tree.leaves, (got[2], want[2])), strict=True):
-        assert np.linalg.norm(a - b) <= 0.08 * np.linalg.norm(b)
 
 
 def rows_of(documents: list[list[np.ndarray]]) -> Batch:
@@ -218,8 +206,8 @@ def test_processes_that_cut_groups_are_refused():
 
 
 ERRORS = [
-    ("dp2,ep2", ["parallel.context=4"], "2 ranks a node cannot be divided over parallel.context=4"),
-    ("dp8", ["parallel.context=2"], "parallel.context=1, or 2 instead of 1"),
+    ("dp2,ep2", ["parallel.context=4"], "ep has 2; parallel.context=2 works, and so does ep4"),
+    ("dp8", ["parallel.context=2"], "ep has 1; parallel.context=1 works, and so does ep2"),
     ("ep8", ["parallel.context=2", "train.batch=6"], "context=4; nearest that work: .*=3, or 4"),
     ("pp2,ep2", ["parallel.context=2", "pipeline.schedule=dualpipe", "train.batch=5"], "=6 works"),
 ]
