@@ -106,8 +106,8 @@ def test_slices_become_heads_and_come_back():
 
 
 def test_slices_and_documents():
-    """The group is smaller than that of the experts."""
-    check("ep4", *SMALL, "parallel.context=2", "parallel.remat=none")
+    """The group is smaller than that of the experts, whose exchange takes one round."""
+    check("ep4", *SMALL, "parallel.context=2", "parallel.remat=none", "parallel.capacity=4")
 
 
 @pytest.mark.slow
