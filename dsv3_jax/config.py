@@ -136,7 +136,9 @@ class DataConfig:
     Lines of .jsonl that are no document end the run (`bad_lines="refuse"`), or are left out and
     counted ("skip"). Of the text to train on, a share `fim_rate` of the documents has its middle
     behind its end, to be filled in, and a share `split_rate` of the tokens that merge punctuation
-    and line breaks is split (report sec. 4.1: 0.1, and "a certain proportion").
+    and line breaks is split (report sec. 4.1: 0.1, and "a certain proportion"). With
+    `mask_documents`, tokens see and predict none of other documents in their row, which the report
+    lets them.
     """
 
     source: str = "instant"
@@ -146,6 +148,7 @@ class DataConfig:
     held_out: float = 0.02
     fim_rate: float = 0.0
     split_rate: float = 0.0
+    mask_documents: bool = False
     cache_dir: str = "runs/cache"
 
     def __post_init__(self):
@@ -238,6 +241,7 @@ class ParallelConfig:
     XLA has for TPU and GPU only. `unroll` layers run in one turn
     of the loop over layers: less copying for more compile time. `pieces` cuts the sequence in
     layers with experts, so that the exchange of one piece runs beside the products of another.
+    `context` lays each sequence over so many ranks, for sequences too long for one device.
     Redundant experts are placed anew every `place_every` steps, by the load since.
     """
 
@@ -247,10 +251,11 @@ class ParallelConfig:
     transport: str = "padded"
     unroll: int = 1
     pieces: int = 1
+    context: int = 1
     place_every: int = 100
 
     def __post_init__(self):
-        _check_positive(self, "parallel", "unroll", "pieces", "place_every")
+        _check_positive(self, "parallel", "unroll", "pieces", "context", "place_every")
         _check_choice("parallel.transport", self.transport, ("padded", "ragged"))
         _check_choice("parallel.zero", self.zero, (1, 3))
         _check_choice("parallel.remat", self.remat, ("report", "full", "none"))
@@ -386,8 +391,11 @@ class Config:
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
-        length, pieces = self.train.seq_len, self.parallel.pieces
-        _check_multiple("train.seq_len", length, "parallel.pieces", pieces)
+        parallel = self.parallel
+        by, unit = "parallel.pieces * parallel.context", parallel.pieces * parallel.context
+        _check_multiple("train.seq_len", self.train.seq_len, by, unit)
+        heads = self.model.attention.n_heads
+        _check_multiple("attention.n_heads", heads, "parallel.context", parallel.context)
         if self.fp8_stats and self.precision.products != "fp8":
             raise ValueError(
                 f"fp8_stats=True counts FP8 codes, but precision.products="

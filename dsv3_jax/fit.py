@@ -1,5 +1,7 @@
 """Whether the program of a config can be divided over a mesh, and if not, what would work."""
 
+import math
+
 from dsv3_jax.batch_size import BatchSizes, with_batch
 from dsv3_jax.config import Config, ModelConfig
 from sharding.mesh import MeshSpec
@@ -8,20 +10,32 @@ from sharding.schedule import nearest_micro
 
 def check_mesh(config: Config, mesh: MeshSpec):
     """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
-    train = config.train
+    train, context = config.train, config.parallel.context
+    if mesh.ranks % context:
+        raise ValueError(
+            f"mesh {mesh}: a sequence lies over parallel.context={context} ranks of a node, and "
+            f"ep has {mesh.ranks}; parallel.context={math.gcd(mesh.ranks, context)} works, and "
+            f"so does ep{context}"
+        )
+    axes = "dp * ep" if context == 1 else "dp * ep / parallel.context"
     for batch in reversed(BatchSizes.of(train).sizes):
         ramp = f" (on the way from train.first_batch={train.first_batch} to {train.batch})"
         what = f"train.batch={batch} sequences" + ramp * (batch < train.batch)
-        _check_divides(what, batch, "dp * ep", mesh.data, mesh)
+        _check_divides(what, batch, axes, mesh.data // context, mesh)
     check_model_mesh(config.model, mesh)
     if mesh.pp > 1:
         for batch in BatchSizes.of(config.train).sizes:
             _check_pipeline(with_batch(config, batch), mesh)
 
 
+def rows_a_device(config: Config, mesh: MeshSpec) -> int:
+    """Sequences, or slices of them, that a device has of a step's batch."""
+    return config.train.batch * config.parallel.context // mesh.data
+
+
 def n_micro_batches(config: Config, mesh: MeshSpec) -> int:
     """Micro-batches of a step that pass through the pipeline."""
-    return config.train.batch // (mesh.data * config.pipeline.micro_batch)
+    return rows_a_device(config, mesh) // config.pipeline.micro_batch
 
 
 def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
@@ -44,13 +58,13 @@ def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
             f"{schedule} on pp={mesh.pp} needs {fits} micro-batches, and train.batch="
             f"{config.train.batch} makes {n_micro} of pipeline.micro_batch="
             f"{config.pipeline.micro_batch} on {mesh.data} devices a stage; train.batch="
-            f"{fits * mesh.data * config.pipeline.micro_batch} works"
+            f"{fits * config.pipeline.micro_batch * mesh.data // config.parallel.context} works"
         )
     return None
 
 
 def _check_pipeline(config: Config, mesh: MeshSpec):
-    rows, micro = config.train.batch // mesh.data, config.pipeline.micro_batch
+    rows, micro = rows_a_device(config, mesh), config.pipeline.micro_batch
     if rows % micro:
         raise ValueError(
             f"mesh {mesh}: the {rows} sequences that a device has of train.batch="

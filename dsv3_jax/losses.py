@@ -11,6 +11,7 @@ from dsv3_jax.config import LossConfig
 from dsv3_jax.layers.moe import RouterStats
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
+from sharding.context import places
 from sharding.mesh import MeshSpec, data_sum
 from sharding.rules import Layout
 from sharding.vocabulary import n_pieces, walk
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
 
     tokens: Int[Array, "B W"]
     mask: Bool[Array, "B W"]  # which tokens count as targets
+    start: Int[Array, "B W"] | None = None  # where in its sequence each one's document begins
 
 
 class Losses(NamedTuple):
@@ -47,25 +49,39 @@ def training_loss(
     Returns:
         The losses, and the statistics of all MoE layers, those of MTP last.
     """
-    hidden, stats = model.trunk(inputs_of(batch, model.config.mtp_depth), layout, remat)
+    tokens, start = inputs_of(batch, model.config.mtp_depth)
+    hidden, stats = model.trunk(tokens, layout, remat, start)
     counts = target_counts(batch, model.config.mtp_depth, layout)
     main, mtp, mtp_stats = output_losses(model, hidden, batch, counts, layout, remat)
     both = [part for part in (stats, mtp_stats) if part is not None]
     stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both) if both else None
     balance = jnp.zeros((), jnp.float32) if stats is None else stats.balance.sum()
-    n_rows = batch.tokens.shape[0] * layout.mesh.data
-    return losses_of(main, mtp, balance, n_rows, config, mtp_weight), stats
+    n_sequences = batch.tokens.shape[0] * layout.mesh.data // layout.context
+    return losses_of(main, mtp, balance, n_sequences, config, mtp_weight), stats
 
 
-def inputs_of(batch: Batch, depth: int) -> Int[Array, "B T"]:
-    """The tokens that the main model reads."""
-    return batch.tokens[:, : batch.tokens.shape[1] - 1 - depth]
+def inputs_of(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None]:
+    """The tokens that the main model reads, and `start` of `causal_attention` for them."""
+    length = batch.tokens.shape[1] - 1 - depth
+    start = None if batch.start is None else batch.start[:, :length]
+    return batch.tokens[:, :length], start
+
+
+def targets_of(batch: Batch, ahead: int, length: int, layout: Layout) -> Bool[Array, "B T"]:
+    """Which of the first `length` places are to predict the token `ahead` places on.
+
+    With documents apart, none is to predict a token of another document.
+    """
+    mask = batch.mask[:, ahead : ahead + length]
+    if batch.start is None:
+        return mask
+    return mask & (batch.start[:, ahead : ahead + length] <= places(length, layout)[None, :])
 
 
 def target_counts(batch: Batch, depth: int, layout: Layout) -> Float32[Array, " A"]:
     """How many targets the losses of the token 1, 2, ... places on have in the global batch."""
     length = batch.tokens.shape[1] - 1 - depth
-    targets = (batch.mask[:, ahead : ahead + length] for ahead in range(1, depth + 2))
+    targets = (targets_of(batch, ahead, length, layout) for ahead in range(1, depth + 2))
     counts = jnp.stack([mask.sum().astype(jnp.float32) for mask in targets])
     return data_sum(counts) if layout.mesh.data > 1 else counts
 
@@ -89,19 +105,20 @@ def output_losses(
     if not depth:
         return main, jnp.zeros((), jnp.float32), None
     following = [batch.tokens[:, k : k + length] for k in range(1, depth + 1)]
-    ahead, stats = model.mtp_trunk(hidden, jnp.stack(following), layout, remat)
+    start = inputs_of(batch, depth)[1]
+    ahead, stats = model.mtp_trunk(hidden, jnp.stack(following), layout, remat, start)
     terms = [_mean_loss(model, ahead[k], batch, k + 2, counts[k + 1], layout) for k in range(depth)]
     return main, sum(terms) / depth, stats
 
 
-def losses_of(main, mtp, balance, n_rows: int, config: LossConfig, mtp_weight) -> Losses:
+def losses_of(main, mtp, balance, n_sequences: int, config: LossConfig, mtp_weight) -> Losses:
     """The losses and their weighted sum.
 
     Args:
         balance: the balance loss summed over MoE layers and sequences.
-        n_rows: sequences of the global batch.
+        n_sequences: of the global batch.
     """
-    balance = balance / n_rows
+    balance = balance / n_sequences
     total = main + mtp_weight * mtp + config.balance_weight * balance
     return Losses(total, main, mtp, balance)
 
@@ -110,7 +127,7 @@ def _mean_loss(model: DeepSeekV3, hidden, batch: Batch, ahead: int, count, layou
     """Cross-entropy of the token `ahead` places on: this shard's part of the global mean."""
     length = hidden.shape[1]
     labels = batch.tokens[:, ahead : ahead + length].reshape(-1)
-    mask = batch.mask[:, ahead : ahead + length].reshape(-1)
+    mask = targets_of(batch, ahead, length, layout).reshape(-1)
     rows = rearrange(hidden, "b t d -> (b t) d")
     head = model.head[...].astype(rows.dtype)
     share = mask.astype(jnp.float32) / jnp.maximum(count, 1.0)

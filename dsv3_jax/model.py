@@ -20,10 +20,9 @@ from dsv3_jax.layers.stack import scan, scan_ahead, stack
 from dsv3_jax.mtp import MTP
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.shapes import Array, Float, Float32, Int
-from sharding.rules import Layout
+from sharding.context import places
+from sharding.rules import ONE_DEVICE, Layout
 from sharding.vocabulary import lookup, project
-
-ONE_DEVICE = Layout()
 
 
 class DeepSeekV3(nnx.Module):
@@ -80,7 +79,7 @@ class DeepSeekV3(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Hidden states after the final norm, and the MoE layers' statistics, stacked."""
         x = self.prefix(tokens, layout, remat, start)
-        x, stats = self._layers(self.moe, x, positions_of(tokens), layout, remat, start)
+        x, stats = self._layers(self.moe, x, positions_of(tokens, layout), layout, remat, start)
         return self.norm(x), stats
 
     def prefix(
@@ -91,8 +90,8 @@ class DeepSeekV3(nnx.Module):
         start: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The input of the first MoE layer: embeddings through the dense layers."""
-        x = self.embed(tokens, layout)
-        return self._layers(self.dense, x, positions_of(tokens), layout, remat, start)[0]
+        x, positions = self.embed(tokens, layout), positions_of(tokens, layout)
+        return self._layers(self.dense, x, positions, layout, remat, start)[0]
 
     def _layers(self, blocks: nnx.Module | None, x, positions, layout: Layout, remat: str, start):
         """x after stacked blocks, and their statistics; without blocks x and None."""
@@ -111,17 +110,19 @@ class DeepSeekV3(nnx.Module):
         following: Int[Array, "M B T"],
         layout: Layout = ONE_DEVICE,
         remat: str = "none",
+        start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "M B T D"], RouterStats]:
         """Hidden states that predict 2, 3, ... tokens ahead, and statistics, both stacked.
 
         Args:
             hidden: of the trunk.
             following: for each depth k = 1, 2, ... the tokens k places on.
+            start: as for the trunk.
         """
-        positions = positions_of(following[0])
+        positions = positions_of(following[0], layout)
 
         def step(module, hidden, tokens):
-            hidden, stats = module(hidden, self.embed(tokens, layout), positions, layout)
+            hidden, stats = module(hidden, self.embed(tokens, layout), positions, layout, start)
             return hidden, (hidden, stats)
 
         _, (hidden, stats) = scan(step, self.mtp, hidden, following, **self._how(layout, remat))
@@ -139,9 +140,9 @@ class DeepSeekV3(nnx.Module):
         return {"layout": layout, "compute": self.policy.compute, "remat": remat}
 
 
-def positions_of(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """0, 1, 2, ... in every row."""
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+def positions_of(tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE) -> Int[Array, "B T"]:
+    """0, 1, 2, ... in every row; in later slices of a sequence, on from there."""
+    return jnp.broadcast_to(places(tokens.shape[1], layout)[None, :], tokens.shape)
 
 
 def abstract_model(config: ModelConfig, policy: Policy) -> DeepSeekV3:

@@ -223,17 +223,51 @@ def on_devices(x: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
         return jax.make_array_from_process_local_data(placement(mesh, spec), x)
 
 
-def share_of_process(mesh: Mesh) -> tuple[int, int]:
+def share_of_process(mesh: Mesh, context: int = 1) -> tuple[int, int]:
     """Which of how many equal parts of a batch the devices of this process hold.
 
-    Processes whose devices differ in their pipeline stage alone hold the same part.
+    Processes whose devices differ in their pipeline stage alone hold the same part, and so do those
+    that share its sequences.
+
+    Args:
+        context: over how many devices each sequence lies.
 
     Raises:
         ValueError: they hold rows that are not one of equal parts.
     """
+    return _held(mesh, context)[0]
+
+
+def slices_of_process(mesh: Mesh, context: int) -> tuple[int, int]:
+    """Which of how many equal parts of its sequences the devices of this process hold."""
+    return _held(mesh, context)[1]
+
+
+def _held(mesh: Mesh, context: int) -> tuple[tuple[int, int], tuple[int, int]]:
     n = spec_of(mesh).data
     found = NamedSharding(mesh, BATCH).addressable_devices_indices_map((n,)).values()
-    return part_of({place for (rows,) in found for place in range(*rows.indices(n))}, n)
+    shares = {place for (rows,) in found for place in range(*rows.indices(n))}
+    return parts_of_sequences(*part_of(shares, n), n // context)
+
+
+def parts_of_sequences(part: int, n_parts: int, n_groups: int):
+    """A part of a batch -> which of how many parts of its sequences, and which of these.
+
+    Args:
+        n_groups: of devices that share sequences.
+
+    Raises:
+        ValueError: neither is a part some whole groups nor a group some whole parts.
+    """
+    if n_groups % n_parts == 0:
+        return (part, n_parts), (0, 1)
+    if n_parts % n_groups:
+        raise ValueError(
+            f"{n_parts} processes cannot share {n_groups} groups of devices with the slices of a "
+            f"sequence; choose parallel.context so that one is a multiple of the other"
+        )
+    size = n_parts // n_groups
+    return (part // size, n_groups), (part % size, size)
 
 
 def part_of(held: set[int], n: int) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class Parts(NamedTuple):
     """
 
     first: Callable  # micro -> x
-    forward: Callable  # (weights, x) -> (y, kept, seen)
+    forward: Callable  # (weights, x, micro) -> (y, kept, seen)
     last: Callable  # (x, micro) -> (d_x, gradients of shared weights, seen): at the end, both ways
     backward: Callable  # (weights, kept, d_y) -> (d_x, gradients, late)
     late: Callable  # late -> gradients: all that nobody waits for
@@ -208,7 +208,8 @@ class _Tick(NamedTuple):
 
     def forward(self, q: dict, i, x, kept, seen):
         layer = q["f_chunk"] * self.most + i
-        y, saved, noticed = self.parts.forward(_at(self.weights, layer), x)
+        micro = _at(self.micros, q["f_micro"])
+        y, saved, noticed = self.parts.forward(_at(self.weights, layer), x, micro)
         total = self.parts.join(_at(seen, layer), noticed)
         return y, _put(kept, saved, q["f_kept"], i), _put(seen, total, layer)
 
@@ -296,7 +297,7 @@ def _shapes(parts: Parts, weights, micro) -> dict:
 
     def trace(weights, micro):
         x = parts.first(micro)
-        y, kept, seen = parts.forward(weights, x)
+        y, kept, seen = parts.forward(weights, x, micro)
         if (y.shape, y.dtype) != (x.shape, x.dtype):
             raise TypeError(
                 f"a layer must keep shape and type of its input: {x.shape} {x.dtype} became "

@@ -34,7 +34,8 @@ class Layout:
     `capacity` is the receive buffer of one round of the expert exchange over a balanced load;
     `ragged` and `wire` are how and in which format rows travel there (`sharding/dispatch.py`);
     `unroll` how many layers one turn of the loop over layers runs; `pieces` into how many the
-    sequence is cut in layers with experts.
+    sequence is cut in layers with experts; `context` over how many ranks it lies
+    (`sharding/context.py`).
     """
 
     mesh: MeshSpec = MeshSpec()
@@ -44,6 +45,7 @@ class Layout:
     wire: Wire = PLAIN
     unroll: int = 1
     pieces: int = 1
+    context: int = 1
 
     def stored(
         self, names: tuple[str, ...], sizes: tuple[int, ...], stack: int = 0
@@ -138,6 +140,9 @@ class Layout:
         """Mesh axes over which the parameter is stored whole."""
         taken = {axis for axes in _split(self.mesh, self.zero, names, sizes) for axis in axes or ()}
         return tuple(axis for axis in AXES if axis not in taken and self.mesh.size(axis) > 1)
+
+
+ONE_DEVICE = Layout()
 
 
 @functools.cache

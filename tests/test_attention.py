@@ -6,11 +6,13 @@ largest value.
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from reference.cases import assert_close
 
 from dsv3_jax.layers import attention
@@ -64,12 +66,13 @@ def values_and_gradients(attention):
 
 
 @functools.cache
-def program(chunk: int):
+def program(chunk: int, spans: int = 8):
     """`causal_attention` with queries taken `chunk` at a time, and its gradients."""
 
     def chunked(q, k, v, start):
         with pytest.MonkeyPatch.context() as patch:  # in force while it is traced
             patch.setattr(attention, "QUERY_CHUNK", chunk)
+            patch.setattr(attention, "SPANS", spans)
             return attention.causal_attention(q, k, v, SCALE, start)
 
     return values_and_gradients(chunked)
@@ -78,10 +81,11 @@ def program(chunk: int):
 wanted = values_and_gradients(dense)
 
 
-@pytest.mark.parametrize("chunk", [512, 4, 1])
+@pytest.mark.parametrize("how", [(512,), (4,), (1,), (1, 2), (2, 2)])
 @pytest.mark.parametrize("name", STARTS)
-def test_start(name, chunk):
-    got = program(chunk)(*arrays(), STARTS[name])
+def test_start(name, how):
+    """All at once, in chunks, and in loops over chunks: 5 and 5 of one place, 2, 2 of two."""
+    got = program(*how)(*arrays(), STARTS[name])
     assert_close(got[0], twin(*arrays()[:3], STARTS[name]))
     for one, want in zip(got, wanted(*arrays(), STARTS[name]), strict=True):
         np.testing.assert_allclose(one, want, rtol=0, atol=1e-5)  # the largest are near 1
@@ -132,6 +136,17 @@ def test_the_tpu_kernel(n_queries, text):
     fused = functools.partial(attention.fused_attention, interpret=True)
     for got, want in zip(both(fused), both(attention.chunked_attention), strict=True):
         assert_close(got, want)
+
+
+@pytest.mark.parametrize("n_queries, n_keys", [(384, 384), (256, 640)])
+def test_ready_made_blocks_of_the_mask(n_queries, n_keys):
+    ours, plain = (
+        mask((n_queries, n_keys), offset=n_keys - n_queries)
+        for mask in (attention._CausalMask, splash_attention_mask.CausalMask)
+    )
+    for query, key in itertools.product(range(0, n_queries, 128), range(0, n_keys, 64)):
+        block = (slice(query, query + 128), slice(key, key + 64))
+        np.testing.assert_array_equal(ours[block], plain[block])
 
 
 def test_where_the_tpu_kernel_is_used(monkeypatch):

@@ -31,7 +31,7 @@ from dsv3_jax.inference.decode import Cache, Served, extend, prefill
 from dsv3_jax.layers.mla import MLA
 from dsv3_jax.model import DeepSeekV3, abstract_model
 from dsv3_jax.numerics.policy import Policy
-from sharding.rules import Layout
+from sharding.rules import ONE_DEVICE, Layout
 
 N_ROWS, WIDTH, PREFIX = 3, 9, 4
 SIZE = WIDTH  # of the cache: the last token takes the last place
@@ -191,7 +191,7 @@ def test_absorbed_equals_expanded_and_the_twin(config):
     def both(module, h, positions):
         q, latents = module.queries(h, positions), module.latents(h, positions)
         pairs = module.keys_values(latents)
-        return module.absorbed(q, latents, causal), module.expanded(q, *pairs, None, "cpu")
+        return module.absorbed(q, latents, causal), module.expanded(q, *pairs, None, ONE_DEVICE)
 
     h = inputs()
     absorbed, expanded = both(module, h, positions())

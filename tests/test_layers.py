@@ -255,7 +255,7 @@ def test_moe(moe_layer):
     module, values = moe_layer
     h, w = inputs(), moe_weights(values)
     got, routed = jax.jit(lambda module, h: module(h, Layout()))(module, h)
-    stats = router_stats([routed], MOE.top_k)
+    stats = router_stats([routed], MOE.top_k, Layout())
     assert_close(got, [reference.moe(rows.astype(float), w, MOE) for rows in h])
     load, balance = np.zeros(MOE.n_experts), 0.0
     for rows in h:

@@ -88,7 +88,7 @@ def test_losses(whole, batch, results, chains):
     def mean_loss(hidden, ahead):
         there = slice(ahead, ahead + LENGTH)
         rows = np.asarray(hidden, np.float64).reshape(-1, CONFIG.width)
-        labels, mask = (x[:, there].reshape(-1) for x in batch)
+        labels, mask = (x[:, there].reshape(-1) for x in batch[:2])
         return reference.cross_entropy(rows, whole[1]["head"], labels, mask)
 
     main, mtp = mean_loss(hidden, 1), (mean_loss(chains[0], 2) + mean_loss(chains[1], 3)) / 2

@@ -54,7 +54,7 @@ def loss(table, x, labels):
 
 
 def parts_of(shared, swap) -> Parts:
-    def forward(w, x):
+    def forward(w, x, micro):
         h = jnp.tanh((x * w["scale"][None, None]) @ w["up"])
         y, seen = layer(w, x, swap)
         return y, (x, h), seen
@@ -195,7 +195,7 @@ def test_turns_are_those_of_all_layers():
 
 def test_a_layer_must_keep_its_shape():
     parts = parts_of({"table": jnp.ones((VOCAB, WIDTH))}, False)
-    wider = parts._replace(forward=lambda w, x: (jnp.concatenate([x, x]), (), {}))
+    wider = parts._replace(forward=lambda w, x, micro: (jnp.concatenate([x, x]), (), {}))
     table, mesh = table_of(make("gpipe", 2, 2)), make_mesh(parse_mesh("pp2"), jax.devices()[:2])
     layers = jax.tree.map(lambda a: a[:5], numbers()[0])
 

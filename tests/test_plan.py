@@ -23,7 +23,7 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.overrides import override
 from dsv3_jax.plan import __main__ as plan
 from dsv3_jax.plan.memory import memory
-from dsv3_jax.plan.speed import exchange_bytes, flops_per_token, speed
+from dsv3_jax.plan.speed import context_bytes, exchange_bytes, flops_per_token, speed
 from dsv3_jax.training.metrics import BF16_PEAK
 from dsv3_jax.training.state import abstract_state, layout_of
 from dsv3_jax.tunnel.links import Hosts, Torus, links_of, shape_of
@@ -122,6 +122,18 @@ def test_bytes_of_the_exchange():
     mesh = parse_mesh("dp16,ep64")
     assert exchange_bytes(wide, mesh) == rows * 4 * 7168 * 2
     assert exchange_bytes(narrow, mesh) == rows * (2 * (7168 + 56) + 2 * 7168 * 2)
+
+
+def test_bytes_of_slices_and_heads():
+    """Of 128 heads queries of 192 numbers, keys, values and outputs of 128; 62 layers, 3 times."""
+    long, mesh = preset("dsv3_671b_long", "train.batch=32"), parse_mesh("dp16,ep64")
+    assert context_bytes(long, mesh) == 3 * 62 * 4096 * 128 * (192 + 3 * 128) * 2
+    short = preset("dsv3_671b", "train.batch=1024")
+    assert context_bytes(short, mesh) == 0
+    chip, shape = V5P, (8, 8, 16)
+    links = links_of(chip, shape, mesh)
+    more = speed(long, mesh, chip, shape).exchange - speed(short, mesh, chip, shape).exchange
+    assert more == pytest.approx(links.group(("rank",)).exchange(context_bytes(long, mesh)))
 
 
 def busiest_link(n: int, closes: bool) -> float:

@@ -30,7 +30,12 @@ from dsv3_jax.training.state import abstract_state, layout_of
 from dsv3_jax.training.step import make_step
 from sharding.mesh import AXES, BATCH, MeshSpec, parse_mesh
 
-MESHES = {"tiny": "dp4,ep8", "dsv3_16b": "dp4,ep16", "dsv3_671b": "dp16,ep64"}
+MESHES = {
+    "tiny": "dp4,ep8",
+    "dsv3_16b": "dp4,ep16",
+    "dsv3_671b": "dp16,ep64",
+    "dsv3_671b_long": "dp16,ep64",
+}
 
 
 def test_counts_of_671b():

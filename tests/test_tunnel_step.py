@@ -102,6 +102,21 @@ def test_671b_on_1024_devices(topology, more, gib, exposed, mfu):
 
 
 @pytest.mark.slow
+def test_671b_at_128k_on_1024_devices():
+    """32 sequences over 32 ranks each; what changes into heads comes on top of rows for experts."""
+    arguments = ("dp16,ep64", "v5p:8x8x16", "--set=train.batch=32", "--stop-at=schedule")
+    found, _ = tunnel("dsv3_671b_long", *arguments)
+    assert found["fits"] and found["peak_bytes"] < 25 * 2**30 and not found["unknown_kernels"]
+    row = found["collectives"]["all-to-all"]
+    assert row["count"] == row["asynchronous"]
+    moved = found["layers"]["forward"]["exchanged_bytes_per_token"]["rank"]
+    experts, heads = 8 * 1.25 * 7168 * 3, 128 * (192 + 3 * 128) * 2
+    assert moved == pytest.approx(experts + heads, rel=0.01)
+    exposed = found["exposed_share"] * found["communication_seconds"]
+    assert exposed < 0.12 * found["predicted_step_seconds"] and found["predicted_mfu"] > 0.46
+
+
+@pytest.mark.slow
 def test_bytes_between_nodes():
     """Of 4 copies a token in FP8 out and bfloat16 back: 86 KB on paper (report sec. 3.2.2, 3.3.3).
 

@@ -19,7 +19,7 @@ def tokenize(
 ) -> Integer[np.ndarray, " T"]:
     """The ids of all `texts` in a row, each followed by the end-of-document id.
 
-    Attention is not masked at document ends (report sec. 4.1). `side` names the progress bar. Ids
+    `side` names the progress bar. Ids
     are uint16 where the vocabulary allows it, else uint32.
 
     Args:
@@ -70,6 +70,19 @@ class PackedRows:
     def __getitem__(self, index: int) -> Int32[np.ndarray, " row"]:
         start = range(len(self))[index] * self.seq_len
         return self.tokens[start : start + self.seq_len + self.extra].astype(np.int32)
+
+
+def document_starts(rows: Integer[np.ndarray, "b row"], end_id: int) -> Int32[np.ndarray, "b row"]:
+    """The place in its row where each token's document begins: behind the last end before it."""
+    behind = np.where(rows == end_id, np.arange(1, rows.shape[1] + 1, dtype=np.int32), 0)
+    behind = np.pad(behind[:, :-1], ((0, 0), (1, 0)))
+    return np.maximum.accumulate(behind, axis=1, dtype=np.int32)
+
+
+def slices(rows: np.ndarray, n: int, extra: int) -> np.ndarray:
+    """Each row [b W] as `n` shorter ones [n b w], which share `extra` tokens as rows do."""
+    length = (rows.shape[1] - extra) // n
+    return np.stack([rows[:, i * length : (i + 1) * length + extra] for i in range(n)])
 
 
 def unigram_entropy(tokens: Integer[np.ndarray, " T"]) -> float:

@@ -87,7 +87,7 @@ def prefill(
         latents = block.attention.latents(h, positions)
         layers.append(jax.tree.map(lambda x: jnp.pad(x, room), _stored(latents, fp8)))
         pairs = block.attention.keys_values(latents)
-        how = (seen_from, layout.mesh.platform)
+        how = (seen_from, layout)
         return block.attention.expanded(block.attention.queries(h, positions), *pairs, *how)
 
     hidden = _through(served, tokens, layout, attend)

@@ -8,6 +8,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
@@ -17,6 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from dsv3_jax.shapes import Array, Float, Int
 
 QUERY_CHUNK = 512  # query positions whose scores exist at a time
+SPANS = 8  # of a long text, each a loop over its chunks
 KERNEL_BLOCK = 512  # most queries and keys in a block of the TPU kernel
 KERNEL_LANES = 128  # the kernel takes whole multiples of this many tokens
 
@@ -48,7 +51,7 @@ def fused_attention(q, k, v, scale: float, start=None, interpret: bool = False):
     Source: FlashAttention (arXiv 2205.14135); MLA's keys of 192 and values of 128 dims fit.
     """
     n_heads, n_queries, n_keys = q.shape[1], q.shape[2], k.shape[2]
-    mask = splash_attention_mask.CausalMask((n_queries, n_keys), offset=n_keys - n_queries)
+    mask = _CausalMask((n_queries, n_keys), offset=n_keys - n_queries)
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * n_heads),
         head_shards=1,
@@ -62,6 +65,26 @@ def fused_attention(q, k, v, scale: float, start=None, interpret: bool = False):
         return jax.vmap(kernel)(q, k, v)
     texts = splash_attention_kernel.SegmentIds(q=start[:, n_keys - n_queries :], kv=start)
     return jax.vmap(kernel)(q, k, v, texts)
+
+
+class _CausalMask(splash_attention_mask.CausalMask):
+    """The same mask, whose blocks off the diagonal are ready-made.
+
+    The kernel asks for every block while it is traced: at 128K that takes minutes otherwise.
+    """
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = block
+        first, last = queries.start + self.offset, queries.stop - 1 + self.offset
+        if first < keys.stop - 1 and keys.start <= last:
+            return super().__getitem__(block)
+        shape = (queries.stop - queries.start, keys.stop - keys.start)
+        return _filled(shape, keys.start <= first)
+
+
+@functools.cache
+def _filled(shape: tuple[int, int], value: bool) -> np.ndarray:
+    return np.full(shape, value)
 
 
 def _block_sizes(n_queries: int, n_keys: int) -> splash_attention_kernel.BlockSizes:
@@ -82,20 +105,43 @@ def _block_sizes(n_queries: int, n_keys: int) -> splash_attention_kernel.BlockSi
 
 
 def chunked_attention(q, k, v, scale: float, start=None):
-    """`causal_attention` with queries taken `QUERY_CHUNK` at a time against the keys up to them."""
-    first, step = k.shape[2] - q.shape[2], min(QUERY_CHUNK, q.shape[2])
+    """`causal_attention` with queries taken `QUERY_CHUNK` at a time.
 
-    def chunk(i: int):
-        rows, past = slice(i, i + step), slice(first + i + step)
+    Few chunks see the keys up to them. Many go through `SPANS` loops, whose chunks see the keys up
+    to the last of them and whose backward makes the weights again: no more of them ever exist.
+    """
+    first, length = k.shape[2] - q.shape[2], q.shape[2]
+    step = min(QUERY_CHUNK, length)
+    span = step * max(1, length // step // SPANS)
+    ends = sorted({*range(0, length, span), length - length % step, length})
+    parts = []
+    for begin, end in zip(ends[:-1], ends[1:], strict=True):
+        rows, past = slice(begin, end), slice(first + end)
         begins = None if start is None else start[:, first:][:, rows]
-        return _attend(q[:, :, rows], k[:, :, past], v[:, :, past], begins, first + i, scale)
+        keys_values = (k[:, :, past], v[:, :, past])
+        parts.append(_loop(q[:, :, rows], *keys_values, begins, first + begin, step, scale))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
 
-    chunks = [chunk(i) for i in range(0, q.shape[2], step)]
-    return chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=2)
+
+def _loop(q, k, v, start, first: int, step: int, scale: float):
+    """`_attend` with queries taken `step` at a time in a loop, if there are more."""
+    if q.shape[2] <= step:
+        return _attend(q, k, v, start, first, scale)
+
+    @jax.checkpoint
+    def chunk(part):
+        q, start, first = part
+        return _attend(q, k, v, start, first, scale)
+
+    n = q.shape[2] // step
+    starts = None if start is None else rearrange(start, "b (n t) -> n b t", n=n)
+    parts = (rearrange(q, "b h (n t) k -> n b h t k", n=n), starts, first + step * jnp.arange(n))
+    o = rearrange(jax.lax.map(chunk, parts), "n b h t o -> b h (n t) o")
+    return checkpoint_name(o, "attention")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, start, first: int, scale: float):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, start, first: int | jax.Array, scale: float):
     """Attention of queries at places first, first + 1, ... to keys at places 0, 1, ...
 
     The backward needs sum over keys of p dp, which equals sum over value dims of o do and is
@@ -120,7 +166,7 @@ def _attend_forward(q, k, v, start, first, scale):
     return o, (q, k, v, weights / total, o)
 
 
-def _attend_backward(first, scale, saved, d_o):
+def _attend_backward(scale, saved, d_o):
     q, k, v, p, o = saved
     wide = {"preferred_element_type": jnp.float32}
     overlap = (d_o.astype(jnp.float32) * o).sum(-1, keepdims=True)
@@ -128,7 +174,7 @@ def _attend_backward(first, scale, saved, d_o):
     d_scores = (p * (d_p - overlap) * scale).astype(q.dtype)
     d_q = jnp.einsum("BHTS,BHSK->BHTK", d_scores, k)
     d_k = jnp.einsum("BHTS,BHTK->BHSK", d_scores, q)
-    return d_q, d_k, jnp.einsum("BHTS,BHTO->BHSO", p.astype(d_o.dtype), d_o), None
+    return d_q, d_k, jnp.einsum("BHTS,BHTO->BHSO", p.astype(d_o.dtype), d_o), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -1,6 +1,6 @@
 """One decoder block: attention and a feed-forward layer, each normalised first and added on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,28 +38,46 @@ class Block(nnx.Module):
     ) -> list[tuple[Float[Array, "B S D"], Routed | None]]:
         """x after both layers, and what `feed` saw, for `n` pieces of the sequence (S = T / n).
 
-        Each piece goes through its own queries, attention and feed-forward layer against the keys
-        up to it, which all share. So no piece's feed-forward layer waits for another's attention:
-        the exchange of one piece's rows can run beside the products of the next. `between` stands
+        The exchange of one piece's rows can run beside the products of the next. `between` stands
         before the first exchange.
         """
-        h = self.attention_norm(x)
+        parts = []
+        attended = self.attended(self.attention_norm(x), positions, layout, start, n)
+        for before, change in zip(jnp.split(x, n, axis=1), attended, strict=True):
+            residual = checkpoint_name(before + change, "residual")
+            if between is not None and not parts:
+                residual = between(residual)
+            parts.append(self.feed(residual, layout))
+        return parts
+
+    def attended(
+        self,
+        h: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        layout: Layout,
+        start: Int[Array, "B T"] | None,
+        n: int,
+    ) -> Iterator[Float[Array, "B S D"]]:
+        """Attention of one piece of the sequence after the other.
+
+        Each has its own queries, against the keys up to it, which all share; so no piece waits for
+        the attention of another. Pieces of a slice are not pieces of its sequence: where sequences
+        lie over several ranks, all have their attention at once.
+        """
+        if layout.context > 1:
+            yield from jnp.split(self.attention(h, positions, layout, start), n, axis=1)
+            return
         keys, values = self.attention.keys_values(self.attention.latents(h, positions))
-        length, parts = x.shape[1] // n, []
-        for begin in range(0, x.shape[1], length):
+        length = h.shape[1] // n
+        for begin in range(0, h.shape[1], length):
             rows, past = slice(begin, begin + length), slice(begin + length)
-            attended = self.attention.expanded(
+            yield self.attention.expanded(
                 self.attention.queries(h[:, rows], positions[:, rows]),
                 keys[:, :, past],
                 values[:, :, past],
                 None if start is None else start[:, past],
-                layout.mesh.platform,
+                layout,
             )
-            residual = checkpoint_name(x[:, rows] + attended, "residual")
-            if between is not None and begin == 0:
-                residual = between(residual)
-            parts.append(self.feed(residual, layout))
-        return parts
 
     def feed(
         self, x: Float[Array, "B T D"], layout: Layout
@@ -108,7 +126,8 @@ class MoEBlock(Block):
         """x after both layers, in `layout.pieces`; `start` as in `causal_attention`."""
         pieces = self.pieces(x, positions, layout, start, layout.pieces, between)
         parts, routed = zip(*pieces, strict=True)
-        return jnp.concatenate(parts, axis=1), router_stats(routed, self.ffn.config.top_k)
+        stats = router_stats(routed, self.ffn.config.top_k, layout)
+        return jnp.concatenate(parts, axis=1), stats
 
     def feed(
         self, x: Float[Array, "B T D"], layout: Layout

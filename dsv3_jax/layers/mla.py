@@ -10,6 +10,9 @@ one head of which all heads share:
 Only c_kv and k_rope need to be remembered. Training expands them to keys and values of every head;
 decoding moves W_UK to the query and W_UV behind the weighted sum instead (the absorbed form), so
 that the cache is read as it lies: q_nope . (W_UK c_kv) = (W_UK^T q_nope) . c_kv.
+
+Where a sequence lies over several ranks, h is a slice of it, and attention has whole sequences of a
+share of the heads (`sharding/context.py`): t tokens of H heads become T tokens of h heads.
 """
 
 from typing import NamedTuple
@@ -28,6 +31,8 @@ from dsv3_jax.layers.norm import RMSNorm
 from dsv3_jax.numerics.fp8 import Keep
 from dsv3_jax.numerics.products import weight_itself
 from dsv3_jax.shapes import Array, Bool, Float, Int
+from sharding.context import to_heads, to_slices, whole
+from sharding.rules import ONE_DEVICE, Layout
 
 # In FP8, the input of the Linear behind attention (report sec. 3.3.3).
 ATTENDED = Keep(power_of_two=True, e5m6=True)
@@ -69,12 +74,15 @@ class MLA(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
+        layout: Layout = ONE_DEVICE,
         start: Int[Array, "B T"] | None = None,
-        platform: str = "cpu",
     ) -> Float[Array, "B T D"]:
-        """Attention of every token to the past; `start` and `platform` as in `causal_attention`."""
-        pairs = self.keys_values(self.latents(h, positions))
-        return self.expanded(self.queries(h, positions), *pairs, start, platform)
+        """Attention of every token to the past; `start` as in `causal_attention`."""
+        q = self.queries(h, positions)
+        q = Queries(to_heads(q.nope, layout), to_heads(q.rope, layout))
+        pairs = self.keys_values(self.latents(h, positions), layout)
+        start = None if start is None else whole(start, layout)
+        return self.expanded(q, *pairs, start, layout)
 
     def queries(self, h: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Queries:
         a = self.config
@@ -92,13 +100,14 @@ class MLA(nnx.Module):
         return Latents(self.kv_norm(c_kv), k_rope[:, 0])
 
     def keys_values(
-        self, latents: Latents
-    ) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S O"]]:
+        self, latents: Latents, layout: Layout = ONE_DEVICE
+    ) -> tuple[Float[Array, "B h T K"], Float[Array, "B h T O"]]:
         """Keys and values of every head."""
         a = self.config
         kv = rearrange(self.kv_up(latents.c_kv), "b s (h k) -> b h s k", h=a.n_heads)
-        k_nope, v = jnp.split(kv, [a.nope_dim], axis=-1)
-        k_rope = jnp.broadcast_to(latents.k_rope[:, None], (*k_nope.shape[:-1], a.rope_dim))
+        k_nope, v = jnp.split(to_heads(kv, layout), [a.nope_dim], axis=-1)
+        k_rope = whole(latents.k_rope, layout)[:, None]
+        k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], a.rope_dim))
         return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
     def expanded(
@@ -107,15 +116,16 @@ class MLA(nnx.Module):
         keys: Float[Array, "B H S K"],
         values: Float[Array, "B H S O"],
         start: Int[Array, "B S"] | None,
-        platform: str,
-    ) -> Float[Array, "B T D"]:
+        layout: Layout,
+    ) -> Float[Array, "B t D"]:
         """Attention of the last T of S tokens, with keys and values of every head.
 
         Args:
-            start, platform: as in `causal_attention`.
+            start: as in `causal_attention`.
         """
-        how = (rope.softmax_scale(self.config), start, platform)
+        how = (rope.softmax_scale(self.config), start, layout.mesh.platform)
         o = causal_attention(jnp.concatenate(q, axis=-1), keys, values, *how)
+        o = to_slices(o, layout)
         return self.out(rearrange(o, "b h t o -> b t (h o)"), ATTENDED)
 
     def absorbed(

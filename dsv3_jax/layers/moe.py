@@ -20,6 +20,7 @@ from dsv3_jax.layers.router import choose_experts, expert_counts, sequence_balan
 from dsv3_jax.numerics.fp8 import Keep
 from dsv3_jax.numerics.products import Groups, Weight, at_once, gated_product, product
 from dsv3_jax.shapes import Array, Float, Float32, Int
+from sharding.context import slices_sum
 from sharding.expert_parallel import Route, exchange, route_of
 from sharding.replicas import slots_of, with_replicas
 from sharding.rules import Layout
@@ -53,10 +54,14 @@ class Routed(NamedTuple):
     lost: Int[Array, ""]
 
 
-def router_stats(pieces: Sequence[Routed], top_k: int) -> RouterStats:
-    """The statistics of whole sequences from those of their pieces; of the rounds, the most."""
+def router_stats(pieces: Sequence[Routed], top_k: int, layout: Layout) -> RouterStats:
+    """The statistics of whole sequences from those of their pieces; of the rounds, the most.
+
+    Of a sequence that lies over several ranks, each has an equal part of the balance loss.
+    """
     counts, affinity, rounds, sent, lost = (list(parts) for parts in zip(*pieces, strict=True))
-    balance = sequence_balance(sum(counts), sum(affinity), top_k)
+    sums = (slices_sum(sum(parts), layout) for parts in (counts, affinity))
+    balance = sequence_balance(*sums, top_k) / layout.context
     most = functools.reduce(jnp.maximum, rounds)
     return RouterStats(sum(counts).sum(0), balance, most, sum(sent), sum(lost))
 

@@ -72,8 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def slice_of(arguments: argparse.Namespace, batch: int) -> tuple[Chip, int, tuple[int, ...]]:
-    """Chip with its overridden figures, number of devices, shape."""
+def slice_of(arguments: argparse.Namespace, rows: int) -> tuple[Chip, int, tuple[int, ...]]:
+    """Chip with its overridden figures, number of devices, shape; `rows` are those of a batch."""
     if arguments.topology and (arguments.chip or arguments.devices is not None):
         raise ValueError("give --topology, or --chip and --devices")
     if arguments.topology:
@@ -82,7 +82,7 @@ def slice_of(arguments: argparse.Namespace, batch: int) -> tuple[Chip, int, tupl
         chip = chip_named(arguments.chip or "v5p")
         n_devices = arguments.devices
         if n_devices is None:
-            n_devices = min(batch & -batch, 1024)  # the power of 2 in the batch
+            n_devices = min(rows & -rows, 1024)  # the power of 2 in them
         shape = shape_of(chip, n_devices)
     price = [f"dollars_per_hour={arguments.dollars_per_hour}"] * bool(arguments.dollars_per_hour)
     for assignment in arguments.figure + price:
@@ -132,12 +132,12 @@ def node_forms(config: Config, mesh: MeshSpec) -> list[str]:
 
 def largest_batch(config: Config, mesh: MeshSpec, chip: Chip) -> int:
     """The largest batch, up to the config's, that the mesh divides and holds; 0 if none."""
-    batch = 0
-    while batch + mesh.data <= config.train.batch:
-        longer = with_batch(config, batch + mesh.data)
+    batch, step = 0, max(1, mesh.data // config.parallel.context)
+    while batch + step <= config.train.batch:
+        longer = with_batch(config, batch + step)
         if obstacle(longer, mesh) or sum(memory(longer, mesh).values()) > chip.hbm_bytes:
             break
-        batch += mesh.data
+        batch += step
     return batch
 
 
@@ -248,7 +248,7 @@ def make_plan(arguments: argparse.Namespace) -> dict:
     for assignment in arguments.set:
         config = overrides.override(config, assignment)
     asked, length = config.train.batch, config.train.seq_len
-    chip, n_devices, shape = slice_of(arguments, asked)
+    chip, n_devices, shape = slice_of(arguments, asked * config.parallel.context)
     batch, found = ranking_that_fits(config, chip, n_devices, shape)
     steps = [
         (f"{row['mesh']}, predicted", row["seconds"]["step"], batch * length)

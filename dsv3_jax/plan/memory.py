@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.layers.attention import QUERY_CHUNK
+from dsv3_jax.layers.attention import QUERY_CHUNK, SPANS
 from dsv3_jax.losses import PIECE
 from dsv3_jax.model import abstract_model
 from dsv3_jax.numerics.blockscale import E4M3, TILE
@@ -145,7 +145,9 @@ def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> fl
         codes = n_tokens * 2 * hidden + rows * (model.width + 2 * expert_hidden)
     if remat == "none":
         numbers += n_tokens * (2 * model.width + latents + expanded + hidden) + rows * expert_hidden
-        seen = (config.train.seq_len + min(QUERY_CHUNK, config.train.seq_len)) / 2
+        length = config.train.seq_len
+        long = length >= 2 * SPANS * QUERY_CHUNK  # then a chunk of them at a time
+        seen = QUERY_CHUNK if long else (length + min(QUERY_CHUNK, length)) / 2
         scores = n_tokens * a.n_heads * seen * 4
     item = policy.compute.itemsize
     code = E4M3.itemsize + 4 / TILE[1] if policy.fp8 else item

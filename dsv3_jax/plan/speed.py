@@ -65,6 +65,21 @@ def exchange_bytes(config: Config, mesh: MeshSpec) -> float:
     return rows * config.model.width * (n_out * out + 2 * item)
 
 
+def context_bytes(config: Config, mesh: MeshSpec) -> float:
+    """Bytes that a device sends where slices become heads and heads slices (sharding/context.py).
+
+    Queries, keys without the rotary part, values and outputs of every head; forward, backward, and
+    the forward again where remat repeats it.
+    """
+    if config.parallel.context == 1:
+        return 0.0
+    a, n_layers = config.model.attention, config.model.n_layers + config.model.mtp_depth
+    numbers = a.n_heads * (2 * a.nope_dim + a.rope_dim + 2 * a.value_dim)
+    times = 2 if config.parallel.remat == "none" else 3
+    item = Policy.of(config.precision).compute.itemsize
+    return times * n_layers * tokens_a_device(config, mesh) * numbers * item
+
+
 def zero_seconds(config: Config, mesh: MeshSpec, links: Torus | Hosts) -> float:
     """All-gathers of weights in the format of use, reduce-scatters of gradients in the stored one.
 
@@ -102,7 +117,7 @@ class Speed(NamedTuple):
     """Seconds of one step by kind, and what comes of them."""
 
     compute: float
-    exchange: float  # of expert rows
+    exchange: float  # of expert rows, and of heads where sequences lie over several ranks
     weights: float  # gathered, and their gradients scattered
     head: float
     update: float
@@ -117,6 +132,7 @@ def speed(config: Config, mesh: MeshSpec, chip: Chip, shape: tuple[int, ...]) ->
     useful, made = flops_per_token(config.model, train.seq_len, config.parallel.remat)
     compute = made * tokens_a_device(config, mesh) / (EFFICIENCY * chip.bf16_peak)
     exchange = links.group(("node", "rank")).exchange(exchange_bytes(config, mesh))
+    exchange += links.group(("rank",)).exchange(context_bytes(config, mesh))
     zero = zero_seconds(config, mesh, links)
     head, update = head_seconds(config, mesh, links), update_seconds(config, mesh, chip)
     moved = exchange + zero + head

@@ -36,8 +36,9 @@ def make_sampler(config: Config, mesh: Mesh, layout: Layout, temperature: float 
     """(params, bias, tokens [B T], start, keys [B 2]) -> tokens with those from `start` on sampled.
 
     Every new token runs the model over all T places: right for a line of text after training; the
-    cached decoder is for more.
+    cached decoder is for more. A row is a whole text, also where training cuts them into slices.
     """
+    layout = dataclasses.replace(layout, context=1)
     model_of, stored = model_in_region(config, layout)
 
     def shard(params, bias, tokens: Int[Array, "b T"], start, keys: UInt32[Array, "b 2"]):

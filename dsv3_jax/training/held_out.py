@@ -11,22 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from dsv3_jax import data
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.losses import Batch
+from dsv3_jax.training.batches import batch_of
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
 from dsv3_jax.training.state import layout_of
-from sharding.mesh import BATCH, on_devices, share_of_process, spec_of, without_stages
-
-
-def placed(rows: np.ndarray, mesh: Mesh) -> Batch:
-    """This process's rows on the devices of a mesh, every process the same number.
-
-    Rows without targets are added where they cannot be shared out evenly.
-    """
-    more = -len(rows) % (spec_of(mesh).data // share_of_process(mesh)[1])
-    mask = np.pad(np.ones(rows.shape, bool), ((0, more), (0, 0)))
-    both = (np.pad(rows, ((0, more), (0, 0))), mask)
-    return Batch(*(on_devices(x, mesh, BATCH) for x in both))
+from sharding.mesh import BATCH, share_of_process, spec_of, without_stages
 
 
 class HeldOut:
@@ -43,7 +32,7 @@ class HeldOut:
             self._mesh = without_stages(mesh)
             flat = layout_of(config, spec_of(self._mesh))
             self._layout = dataclasses.replace(flat, zero=3)
-        train, share = config.train, share_of_process(self._mesh)
+        train, share = config.train, share_of_process(self._mesh, config.parallel.context)
         self._rows = data.eval_batches(corpus.held_out, train.batch, train.eval_batches, share)
         how = (config, self._mesh, self._layout)
         self._losses = make_evaluation(*how)
@@ -53,7 +42,8 @@ class HeldOut:
         self, params: nnx.State, bias: nnx.State, mean: nnx.State | None
     ) -> dict[str, float]:
         """Losses of the weights, and of their mean if there is one; a row of the metrics."""
-        batches = [placed(rows["tokens"], self._mesh) for rows in self._rows]
+        where = (self._config, self._mesh, self._corpus.tokenizer.eos_id)
+        batches = [batch_of(rows["tokens"], *where) for rows in self._rows]
 
         def losses(weights: nnx.State) -> tuple[float, float]:
             found = [self._losses(weights, bias, batch) for batch in batches]

@@ -25,9 +25,10 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.stages import pipeline_of
 from dsv3_jax.training import metrics, notes, plots
 from dsv3_jax.training.audit import Copies, paces, slow_devices
+from dsv3_jax.training.batches import batch_of
 from dsv3_jax.training.ema import HostEma
 from dsv3_jax.training.guard import Bad, Events, Guard, Spikes, TooManyBad
-from dsv3_jax.training.held_out import HeldOut, placed
+from dsv3_jax.training.held_out import HeldOut
 from dsv3_jax.training.history import LoadHistory
 from dsv3_jax.training.host import process_began
 from dsv3_jax.training.ledger import Ledger, goodput
@@ -76,8 +77,9 @@ class Run:
         )
         if process == 0:
             self.corpus.tokenizer.save(workdir / "tokenizer.json")
+        self._where = (config, self.mesh, self.corpus.tokenizer.eos_id)
         self.sizes = BatchSizes.of(train)
-        share = share_of_process(self.mesh)
+        share = share_of_process(self.mesh, config.parallel.context)
         self.loader = data.Loader(self.corpus.train, self.sizes, train.seed, share)
         self.optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
         self.pipeline = pipeline_of(config, self.layout.mesh) if spec.pp > 1 else None
@@ -181,7 +183,7 @@ class Run:
             if pending is not None and (acts or new):  # so that its time is its own
                 self._report(pending)
                 pending = None
-            numbers = self._step(placed(rows["tokens"], self.mesh))
+            numbers = self._step(batch_of(rows["tokens"], *self._where))
             self.first += 1
             self.ledger.steps(start, self.first)
             if pending is not None:

@@ -8,6 +8,7 @@ embedding and head, which both use, are one parameter with one gradient.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,16 +65,14 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
         in_use = in_fp8(params, layout) if policy.fp8 else params
         stack = to_stages(nnx.State(in_use["moe"]), layout, policy.compute, places)
         stage_bias = jax.tree.map(lambda x: of_rank(x, places), nnx.State(bias["moe"]))
-        n_rows = batch.tokens.shape[0] * layout.mesh.data
+        n_sequences = batch.tokens.shape[0] * layout.mesh.data // layout.context
         counts = target_counts(batch, config.model.mtp_depth, layout)
         weights = assemble(without_layers(in_use), layout, policy.compute)
         ends = _Ends(
-            config, layout, ends_graph, weights, without_layers(bias), counts, n_rows, weight
+            config, layout, ends_graph, weights, without_layers(bias), counts, n_sequences, weight
         )
-        length = batch.tokens.shape[1] - 1 - config.model.mtp_depth
-        positions = positions_of(jnp.zeros((micro, length), jnp.int32))
-        d_balance = config.losses.balance_weight / n_rows
-        layer = _Layer(layer_graph, layout, config.parallel.remat, positions, d_balance)
+        d_balance = config.losses.balance_weight / n_sequences
+        layer = _Layer(layer_graph, config, layout, d_balance)
         parts = Parts(
             first=ends.first,
             forward=layer.forward,
@@ -97,7 +96,7 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
 
         main, mtp, end_stats = whole_sum(found.seen_last[:2]) + found.seen_last[2:]
         stats = _of_all(found.seen, end_stats, places, n_layers)
-        losses = losses_of(main, mtp, stats.balance.sum(), n_rows, config.losses, weight)
+        losses = losses_of(main, mtp, stats.balance.sum(), n_sequences, config.losses, weight)
         return losses, stats, _by_path(home, params)
 
     return region(
@@ -122,15 +121,15 @@ class _Ends(NamedTuple):
     weights: nnx.State  # in use
     bias: nnx.State
     counts: jax.Array  # of targets, `target_counts`
-    n_rows: int  # sequences of the global batch
+    n_sequences: int  # of the global batch
     mtp_weight: jax.Array
 
     def _model(self, slots: nnx.State):
         return nnx.merge(self.graph, with_landings(self.weights, slots), self.bias)
 
     def _prefix(self, slots: nnx.State, micro: Batch):
-        tokens = inputs_of(micro, self.config.model.mtp_depth)
-        return self._model(slots).prefix(tokens, self.layout, self.config.parallel.remat)
+        tokens, start = inputs_of(micro, self.config.model.mtp_depth)
+        return self._model(slots).prefix(tokens, self.layout, self.config.parallel.remat, start)
 
     def _total(self, slots: nnx.State, x: jax.Array, micro: Batch):
         """A micro-batch's part of the weighted sum of all losses; and losses and statistics."""
@@ -138,7 +137,7 @@ class _Ends(NamedTuple):
         main, mtp, stats = output_losses(model, model.norm(x), micro, self.counts, *how)
         balance = jnp.zeros(()) if stats is None else stats.balance.sum()
         weights = (self.config.losses, self.mtp_weight)
-        return losses_of(main, mtp, balance, self.n_rows, *weights).total, (main, mtp, stats)
+        return losses_of(main, mtp, balance, self.n_sequences, *weights).total, (main, mtp, stats)
 
     def first(self, micro: Batch) -> jax.Array:
         return self._prefix(landings(self.weights), micro)
@@ -160,18 +159,17 @@ class _Layer:
     come at once.
     """
 
-    def __init__(self, graph, layout: Layout, remat: str, positions, d_balance: float):
+    def __init__(self, graph, config: Config, layout: Layout, d_balance: float):
         """
         Args:
-            positions: of the tokens of a micro-batch.
             d_balance: gradient of the loss with respect to a layer's balance loss.
         """
         self.graph, self.layout, self.d_balance = graph, layout, d_balance
-        self.positions = positions
-        self.run = kept_by(self._run, remat)
+        self.mtp_depth = config.model.mtp_depth
+        self.run = kept_by(self._run, config.parallel.remat)
         self.pull = None  # the structure of a layer's backward, without what it has kept
 
-    def _run(self, weights, slots, factors, x):
+    def _run(self, weights, slots, factors, x, start=None):
         """((y, balance loss), what was seen); slots and factors are there for their gradients."""
         params, bias = weights
 
@@ -184,7 +182,8 @@ class _Layer:
             return Deferred(value, Name(path), factors if shapes else factors[path])
 
         block = nnx.merge(self.graph, _by_path(ready, params), bias)
-        y, stats = block(x, self.positions, self.layout)
+        positions = positions_of(jnp.zeros(x.shape[:2], jnp.int32), self.layout)
+        y, stats = block(x, positions, self.layout, start)
         return (y, stats.balance), stats
 
     def _inputs(self, weights, x):
@@ -203,9 +202,10 @@ class _Layer:
         variable = dict(_variables(params))[path]
         return "expert" in variable.names and self.layout.mesh.ep > 1
 
-    def forward(self, weights, x):
-        inputs = self._inputs(weights, x)
-        (y, _), pull, stats = jax.vjp(self.run, *inputs, x, has_aux=True)
+    def forward(self, weights, x, micro: Batch):
+        inputs, start = self._inputs(weights, x), inputs_of(micro, self.mtp_depth)[1]
+        run = functools.partial(self.run, start=start)
+        (y, _), pull, stats = jax.vjp(run, *inputs, x, has_aux=True)
         kept, self.pull = jax.tree.flatten(without(pull, inputs))
         return y, kept, stats
 

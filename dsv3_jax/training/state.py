@@ -43,6 +43,7 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
         wire=Policy.of(config.precision).wire,
         unroll=parallel.unroll,
         pieces=parallel.pieces,
+        context=parallel.context,
     )
 
 

@@ -27,6 +27,7 @@ from dsv3_jax.optimizer import (
     mtp_weight,
 )
 from dsv3_jax.shapes import Array, Float32, Int
+from dsv3_jax.training.batches import abstract_batch
 from dsv3_jax.training.pipelined import pipelined
 from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
 from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
@@ -176,13 +177,9 @@ def usual_norm(
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The program that training runs on `mesh`, lowered for its devices; nothing is run."""
     layout = layout_of(config, spec_of(mesh))
-    train, policy = config.train, Policy.of(config.precision)
-    optimizer = make_optimizer(config.optimizer, policy)
+    optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     state = abstract_state(config, optimizer, mesh, layout)
-    shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)
-    place = placement(mesh, BATCH)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, t, sharding=place) for t in (jnp.int32, bool)))
-    extra = None
+    batch, extra = Batch(*abstract_batch(config, mesh)), None
     if n_redundant := config.model.moe and config.model.moe.n_redundant:
         shape = (config.model.n_moe_layers, n_redundant)
         extra = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement(mesh, REPLICATED))

@@ -132,14 +132,14 @@ def what_helps(config: Config, target: Target) -> list[str]:
     """Settings that take less memory, those that cost least first."""
     parallel, mesh = config.parallel, target.mesh
     larger = dataclasses.replace(mesh, dp=2 * mesh.dp)
-    batch = config.train.batch
-    smaller = max(mesh.data, batch // 2 // mesh.data * mesh.data)
+    batch, one_each = config.train.batch, mesh.data // parallel.context
+    smaller = max(one_each, batch // 2 // one_each * one_each)
     wider = f"more devices for the same batch: --mesh={larger} on {larger.n_devices}"
     return [
         *[f"--set train.batch={smaller}: fewer sequences a device"] * (smaller < batch),
         *["--set parallel.zero=3: weights, moments and gradients divided"] * (parallel.zero == 1),
         *["--set parallel.remat=full: layers keep their inputs only"] * (parallel.remat != "full"),
-        *[wider] * (batch % larger.data == 0),
+        *[wider] * (batch % (2 * one_each) == 0),
         *["a larger ep: fewer experts a device"] * (config.model.moe is not None),
     ]
 

@@ -5,6 +5,7 @@ only in how sequences are added up. All tokens are targets: the loss is the mean
 """
 
 import functools
+import operator
 
 import jax
 import numpy as np
@@ -65,8 +66,8 @@ def plain(n_layers: int, n_rows: int, *settings: str):
     fn = jax.jit(loss_and_gradients(config, *placed("dp1", config)))
     params = parameters(config)
     rows = [
-        jax.tree.map(np.asarray, fn(*params, Batch(*(x[i : i + 1] for x in whole)), 0.3, None))
-        for i in range(n_rows)
+        jax.tree.map(np.asarray, fn(*params, jax.tree.map(row, whole), 0.3, None))
+        for row in (operator.itemgetter(slice(i, i + 1)) for i in range(n_rows))
     ]
     losses, stats, grads = jax.tree.map(lambda *parts: np.mean(parts, 0, np.float64), *rows)
     return losses, stats._replace(load=n_rows * stats.load), grads
