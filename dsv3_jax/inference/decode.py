@@ -128,7 +128,7 @@ def read(served: Served, tokens: Int[Array, "B T"], layout: Layout) -> Float[Arr
     positions = positions_of(tokens)
 
     def attend(block, h):
-        return block.attention(h, positions, platform=layout.mesh.platform)
+        return block.attention(h, positions, layout)
 
     return _through(served, tokens, layout, attend)
 
