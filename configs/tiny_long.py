@@ -1,4 +1,4 @@
-"""Context extension (report sec. 4.3): the tiny model goes on at 8x its length, then 32x, with YaRN.
+"""Context extension (report sec. 4.3): the tiny model at 8x its length, then 32x, with YaRN.
 
 python train.py --config=tiny_long --mesh=dp2 --set init_from=runs/tiny \
     --set data.tokenizer=runs/tiny/tokenizer.json

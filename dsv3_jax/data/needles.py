@@ -3,7 +3,7 @@
     python -m dsv3_jax.data.needles --out runs/needles
     python train.py --set data.source=runs/needles --workdir=runs/needle_base --set ...
 
-A document gives every name that occurs in it a value, "The code of list is 47.", and says so again
+A document gives every name that occurs in it a value, "Remember list 47.", and says so again
 later, near and far. Values are drawn anew for every document, so the second time one is predicted
 by whoever finds the first. `dsv3_jax.evaluation.needle` asks in the same words, for names that no
 document gives a value to.
@@ -35,13 +35,14 @@ WORDS = """
 """.split()
 ASKED = tuple(WORDS[::5])
 TOLD = tuple(word for word in WORDS if word not in ASKED)
-SENTENCE = re.compile(r"(?<!\S)[A-Za-z]+(?!\S)")  # words between blanks
+WORD = re.compile(r"(?<!\S)[^\W\d_]+[.,:;]?(?!\S)")  # between blanks
+LEAST_WORDS = 5  # in a line of filler
 VALUES = tuple(str(number) for number in range(10, 100))
 
 
 def begun(name: str) -> str:
     """A fact up to its value: the question."""
-    return f"The code of {name} is"
+    return f"Remember {name}"
 
 
 def fact(name: str, value: str) -> str:
@@ -49,10 +50,19 @@ def fact(name: str, value: str) -> str:
 
 
 def filler(source: str) -> list[str]:
-    """Lines of a source that read like sentences (`data.source` says which sources there are)."""
+    """Lines of a source that read like sentences; the source is named as in `data.source`.
+
+    Raises:
+        ValueError: there are none.
+    """
     texts = (text for _, text in documents(source, "text"))
     lines = (line.strip() for text in texts for line in text.split("\n"))
-    return [line for line in lines if len(SENTENCE.findall(line)) >= 5]
+    found = [line for line in lines if len(WORD.findall(line)) >= LEAST_WORDS]
+    if not found:
+        raise ValueError(
+            f"--filler={source}: no line of {LEAST_WORDS} words or more in it; name a text in prose"
+        )
+    return found
 
 
 def document(rng: np.random.Generator, lines: list[str], size: int) -> str:
@@ -61,10 +71,10 @@ def document(rng: np.random.Generator, lines: list[str], size: int) -> str:
     How many names there are, and how much filler, differs from document to document, both evenly in
     the logarithm: so a fact is said again at all distances.
     """
-    n_names = int(log_uniform(rng, 2, len(TOLD)))
+    n_names = int(log_uniform(rng, 2, 33))
     values = dict(zip(rng.permutation(TOLD)[:n_names], rng.choice(VALUES, n_names), strict=True))
     facts = [fact(*pair) for pair in values.items()]
-    between, place = log_uniform(rng, 0.05, 10.0), int(rng.integers(len(lines)))
+    between, place = log_uniform(rng, 0.02, 5.0), int(rng.integers(len(lines)))
     said, length = [], 0
     while length < size:
         if rng.random() * (1.0 + between) < 1.0:

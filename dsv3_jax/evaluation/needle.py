@@ -4,7 +4,7 @@
     python -m dsv3_jax.evaluation.needle --weights ~/DeepSeek-V3 --mesh=ep8 --dtype=bfloat16 \\
         --lengths=4096,32768,131072 --trials=4 --batch=1 --others=0
 
-The text is filler with one fact at some depth, "The code of list is 47.", and ends with the same
+The text is filler with one fact at some depth, "Remember list 47.", and ends with the same
 words again up to the value. A needle counts as found if the likeliest tokens are the value's, all
 of them. Every cell of the heat map is the share found of `--trials` texts, which the seed decides.
 `--out` is the picture; beside it lies a .json with these shares and the mean log-probabilities of
@@ -137,8 +137,8 @@ def make_score(model: DeepSeekV3, mesh: Mesh, n_last: int) -> Score:
 
     def shard(state, rows: Rows) -> Scores:
         model = nnx.merge(graphdef, state)
-        hidden, _ = model.trunk(rows.tokens[:, :-1], layout)
-        return judged(model.logits(hidden[:, -n_last:], layout), rows)
+        hidden, _ = model.trunk(rows.tokens, layout)
+        return judged(model.logits(hidden[:, -1 - n_last : -1], layout), rows)
 
     program = jax.jit(region(shard, mesh, (stored, BATCH), BATCH))
 
@@ -257,6 +257,9 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     try:
+        for name in ("trials", "batch"):
+            if getattr(arguments, name) < 1:
+                raise ValueError(f"--{name}={getattr(arguments, name)} must be at least 1")
         earlier = [Grid(**json.loads(path.read_text())) for path in arguments.beside]
         mesh = start_mesh(arguments.mesh)
         model = load_model(open_weights(arguments.weights), arguments.dtype, mesh)
