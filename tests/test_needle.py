@@ -25,7 +25,7 @@ from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.sources import InMemory
 from sharding.mesh import make_mesh, parse_mesh
 
-LINES = [f"line {n} of a text that nobody reads" for n in range(300)]
+LINES = [f"line {n} of a text" + " that nobody reads" * (n % 5) for n in range(300)]
 FACT = re.compile(r"Remember (\w+) (\d+)\.\n")
 ASKS = re.compile(r"Remember (\w+) (\d+)\Z")
 LENGTHS, DEPTHS = (200, 300), (0.0, 0.5, 1.0)
@@ -33,7 +33,7 @@ LENGTHS, DEPTHS = (200, 300), (0.0, 0.5, 1.0)
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    return train_bpe(generate(LINES, 8, 4000, 0), 400)
+    return train_bpe(generate(LINES, 8, 0, size=4000, names=16, between=3.0), 400)
 
 
 def haystacks(n_others: int = 3, seed: int = 0) -> needle.Haystacks:

@@ -1,12 +1,12 @@
 """Text in which things have to be looked up: facts between lines of filler, said again later.
 
     python -m dsv3_jax.data.needles --out runs/needles
-    python train.py --set data.source=runs/needles --workdir=runs/needle_base --set ...
+    python train.py --workdir=runs/needle_base --set data.source=runs/needles
 
-A document gives every name that occurs in it a value, "Remember list 47.", and says so again
-later, near and far. Values are drawn anew for every document, so the second time one is predicted
-by whoever finds the first. `dsv3_jax.evaluation.needle` asks in the same words, for names that no
-document gives a value to.
+A document gives a name a value, "Remember object 17.", and says so again later, near and far. The
+values are drawn anew for every document, so from the second time on they are predicted by whoever
+finds an earlier one. `dsv3_jax.evaluation.needle` asks in the same words. With more than one name a
+reader must also tell facts apart, which tiny models learn only slowly.
 """
 
 import argparse
@@ -22,22 +22,16 @@ from rich.progress import track
 
 from dsv3_jax.data.source import documents
 
-# Words of the instant corpus. Of every five the first has no fact in any document.
-WORDS = """
-    list object string class function method module value type name
-    line file argument attribute exception statement instance sequence expression dictionary
-    version pattern block number namespace example key definition result keyword
-    character item section base assignment tuple context implementation case target
-    variable syntax order identifier form operation comparison length mapping point
-    reference integer parameter descriptor range operator frame interpreter access scope
-    index slice body match element buffer path error thing message
-    thread process socket queue event server client option parser header
+# One token each in a vocabulary that was learned from such text, and so are the values.
+NAMES = """
+    object string class function module value type name
+    file argument attribute exception instance sequence expression dictionary
+    pattern block number namespace key definition result keyword
+    item section base assignment context implementation case target
 """.split()
-ASKED = tuple(WORDS[::5])
-TOLD = tuple(word for word in WORDS if word not in ASKED)
 WORD = re.compile(r"(?<!\S)[^\W\d_]+[.,:;]?(?!\S)")  # between blanks
 LEAST_WORDS = 5  # in a line of filler
-VALUES = tuple(str(number) for number in range(10, 100))
+VALUES = tuple(str(number) for number in range(10, 30))
 
 
 def begun(name: str) -> str:
@@ -65,17 +59,23 @@ def filler(source: str) -> list[str]:
     return found
 
 
-def document(rng: np.random.Generator, lines: list[str], size: int) -> str:
+def document(
+    rng: np.random.Generator, lines: list[str], size: int, names: int, between: float
+) -> str:
     """Facts and filler, about `size` characters of them.
 
     How many names there are, and how much filler, differs from document to document, both evenly in
-    the logarithm: so a fact is said again at all distances.
+    the logarithm, so that a fact is said again at all distances.
+
+    Args:
+        names: most names.
+        between: most lines of filler between two facts, on average; a thousandth is the least.
     """
-    n_names = int(log_uniform(rng, 2, 33))
-    values = dict(zip(rng.permutation(TOLD)[:n_names], rng.choice(VALUES, n_names), strict=True))
+    n_names = int(log_uniform(rng, 1, names + 1))
+    values = dict(zip(rng.permutation(NAMES)[:n_names], rng.choice(VALUES, n_names), strict=True))
     facts = [fact(*pair) for pair in values.items()]
-    between, place = log_uniform(rng, 0.02, 5.0), int(rng.integers(len(lines)))
-    said, length = [], 0
+    between = log_uniform(rng, between / 1000, between) if between else 0.0
+    place, said, length = int(rng.integers(len(lines))), [], 0
     while length < size:
         if rng.random() * (1.0 + between) < 1.0:
             said.append(facts[rng.integers(n_names)])
@@ -90,10 +90,10 @@ def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def generate(lines: list[str], n_documents: int, size: int, seed: int) -> Iterator[str]:
-    """The documents of a seed, one after the other."""
+def generate(lines: list[str], n_documents: int, seed: int, **how) -> Iterator[str]:
+    """The documents of a seed, one after the other; `how` goes to `document`."""
     for number in range(n_documents):
-        yield document(np.random.default_rng([seed, number]), lines, size)
+        yield document(np.random.default_rng([seed, number]), lines, **how)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,8 +105,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for needles.jsonl")
     add("--filler", default="instant", help="text between the facts: as data.source (default: it)")
-    add("--documents", type=int, default=1500, help="how many (default: %(default)s)")
-    add("--size", type=int, default=20_000, help="characters of each (default: %(default)s)")
+    add("--documents", type=int, default=600, help="how many (default: %(default)s)")
+    add("--size", type=int, default=60_000, help="characters of each (default: %(default)s)")
+    add("--names", type=int, default=1, help="most in a document (default: %(default)s)")
+    add(
+        "--between",
+        type=float,
+        default=200.0,
+        help="most lines of filler between two facts, on average (default: %(default)s)",
+    )
     add("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -116,7 +123,8 @@ def main():
     try:
         lines = filler(arguments.filler)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        texts = generate(lines, arguments.documents, arguments.size, arguments.seed)
+        how = {name: getattr(arguments, name) for name in ("size", "names", "between")}
+        texts = generate(lines, arguments.documents, arguments.seed, **how)
         quiet = not Console().is_terminal
         with (arguments.out / "needles.jsonl").open("w", encoding="utf-8") as file:
             for text in track(texts, "writing", total=arguments.documents, disable=quiet):

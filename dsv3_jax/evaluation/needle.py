@@ -2,9 +2,9 @@
 
     python -m dsv3_jax.evaluation.needle --weights runs/tiny_long --lengths=128,256,512,1024
     python -m dsv3_jax.evaluation.needle --weights ~/DeepSeek-V3 --mesh=ep8 --dtype=bfloat16 \\
-        --lengths=4096,32768,131072 --trials=4 --batch=1 --others=0
+        --lengths=4096,32768,131072 --trials=4 --batch=1 --others=9
 
-The text is filler with one fact at some depth, "Remember list 47.", and ends with the same
+The text is filler with one fact at some depth, "Remember object 17.", and ends with the same
 words again up to the value. A needle counts as found if the likeliest tokens are the value's, all
 of them. Every cell of the heat map is the share found of `--trials` texts, which the seed decides.
 `--out` is the picture; beside it lies a .json with these shares and the mean log-probabilities of
@@ -29,7 +29,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.data import Prompts, load_prompts
-from dsv3_jax.data.needles import ASKED, TOLD, VALUES, begun, fact, filler
+from dsv3_jax.data.needles import NAMES, VALUES, begun, fact, filler
 from dsv3_jax.layers.linear import specs
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.shapes import Array, Bool, Float32, Int
@@ -37,6 +37,8 @@ from dsv3_jax.weights.pretrained import DTYPES, load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import BATCH, GRAMMAR, placement, region, spec_of
 from sharding.rules import Layout
+
+LINES_PER_CALL = 32  # of the tokenizer
 
 
 class Rows(NamedTuple):
@@ -80,7 +82,7 @@ class Haystacks:
             ValueError: the length has no room for the facts.
         """
         rng = np.random.default_rng([self.seed, length, round(depth * 1e6), trial])
-        name, others = rng.choice(ASKED), rng.permutation(TOLD)[: self.n_others]
+        name, *others = rng.permutation(NAMES)[: 1 + self.n_others]
         value, *values = rng.permutation(VALUES)[: 1 + len(others)]
         facts = [fact(*pair) + "\n" for pair in zip(others, values, strict=True)]
         texts = [fact(name, value) + "\n", begun(name), f" {value}", *facts]
@@ -99,19 +101,17 @@ class Haystacks:
         return [*self.begin, *sum(hay, []), *question, *answer], len(answer)
 
     def _hay(self, rng: np.random.Generator, n_tokens: int) -> list[list[int]]:
-        """Consecutive lines from anywhere, as tokens; the first one is cut to fit."""
-        place, hay = int(rng.integers(len(self.lines))), []
-        while (missing := n_tokens - sum(map(len, hay))) > 0:
-            some = [self.lines[(place + i) % len(self.lines)] + "\n" for i in range(32)]
-            place += len(some)
+        """Consecutive lines from anywhere, as tokens; of the first one only the end, to fit."""
+        last, hay, missing = int(rng.integers(len(self.lines))), [], n_tokens
+        while missing > 0:
+            some = [self.lines[(last - i) % len(self.lines)] + "\n" for i in range(LINES_PER_CALL)]
+            last -= len(some)
             for line in self.encode(some):
-                hay.append(line)
-                missing -= len(line)
-                if missing <= 0:
+                hay.append(line[-missing:])
+                missing -= len(hay[-1])
+                if not missing:
                     break
-        if hay:
-            hay[0] = hay[0][sum(map(len, hay)) - n_tokens :]
-        return hay
+        return hay[::-1]
 
 
 def judged(logits: Float32[Array, "B A V"], rows: Rows) -> Scores:
@@ -242,7 +242,7 @@ def parse_arguments() -> argparse.Namespace:
         help="percent of the text before the needle (default: %(default)s)",
     )
     add("--trials", type=int, default=16, help="texts of each cell (default: %(default)s)")
-    add("--others", type=int, default=4, help="facts of other names (default: %(default)s)")
+    add("--others", type=int, default=0, help="facts of other names (default: %(default)s)")
     add("--haystack", default="instant", help="source of filler, as data.source (default: instant)")
     add("--batch", type=int, default=8, help="texts at a time (default: %(default)s)")
     add("--seed", type=int, default=0)
