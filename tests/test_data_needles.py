@@ -1,4 +1,4 @@
-"""Documents of facts: the same for a seed, consistent, said again near and far, never asked."""
+"""Documents of facts: the same for a seed, consistent, said again near and far."""
 
 import json
 import re
@@ -32,15 +32,8 @@ def test_a_name_has_one_value_in_a_document_and_others_elsewhere():
     for pairs in told:
         assert len({name for name, _ in pairs}) == len(pairs)
     everywhere = set().union(*told)
-    assert {name for name, _ in everywhere} == set(needles.TOLD)
-    assert len(everywhere) > 3 * len(needles.TOLD)
-
-
-def test_asked_names_have_no_facts():
-    assert len(needles.ASKED) == 8 and len(needles.TOLD) == 32
-    assert not set(needles.ASKED) & set(needles.TOLD)
-    found = {name for text in texts(40) for name, _ in FACT.findall(text)}
-    assert not found & set(needles.ASKED)
+    assert {name for name, _ in everywhere} == set(needles.NAMES)
+    assert len(everywhere) > 3 * len(needles.NAMES)
 
 
 def test_facts_are_said_again_near_and_far():
@@ -77,6 +70,11 @@ def test_filler_reads_like_sentences(tmp_path):
         "\n  Five words stand in here.\n\nfour words are few\nx = {1: 2}\n"
     )
     assert needles.filler(str(tmp_path)) == ["Five words stand in here."]
+
+
+def test_plain_filler_needs_no_source():
+    assert len(needles.filler("plain")) == 6
+    assert all(line.endswith(".") and len(line.split()) > 5 for line in needles.filler("plain"))
 
 
 def test_a_source_without_sentences(tmp_path):

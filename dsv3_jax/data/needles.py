@@ -29,7 +29,16 @@ NAMES = """
     pattern block number namespace key definition result keyword
     item section base assignment context implementation case target
 """.split()
+PLAIN = """
+Rain fell on the roof all night.
+The boat is tied to the pier.
+A dog sleeps beside the door.
+Nobody has opened the window today.
+The road goes over the hill.
+Bread is cooling on the table.
+""".strip().split("\n")
 WORD = re.compile(r"(?<!\S)[^\W\d_]+[.,:;]?(?!\S)")  # between blanks
+FILLER = 'text between the facts: a source, as data.source, or "plain" for six sentences'
 LEAST_WORDS = 5  # in a line of filler
 VALUES = tuple(str(number) for number in range(10, 30))
 
@@ -44,11 +53,16 @@ def fact(name: str, value: str) -> str:
 
 
 def filler(source: str) -> list[str]:
-    """Lines of a source that read like sentences; the source is named as in `data.source`.
+    """Lines of a source that read like sentences; of "plain" six that soon surprise no model.
+
+    Args:
+        source: "plain", or what `data.source` takes.
 
     Raises:
         ValueError: there are none.
     """
+    if source == "plain":
+        return PLAIN
     texts = (text for _, text in documents(source, "text"))
     lines = (line.strip() for text in texts for line in text.split("\n"))
     found = [line for line in lines if len(WORD.findall(line)) >= LEAST_WORDS]
@@ -104,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for needles.jsonl")
-    add("--filler", default="instant", help="text between the facts: as data.source (default: it)")
+    add("--filler", default="instant", help=f"{FILLER} (default: %(default)s)")
     add("--documents", type=int, default=600, help="how many (default: %(default)s)")
     add("--size", type=int, default=60_000, help="characters of each (default: %(default)s)")
     add("--names", type=int, default=1, help="most in a document (default: %(default)s)")

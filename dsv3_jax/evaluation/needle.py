@@ -29,7 +29,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.data import Prompts, load_prompts
-from dsv3_jax.data.needles import NAMES, VALUES, begun, fact, filler
+from dsv3_jax.data.needles import FILLER, NAMES, VALUES, begun, fact, filler
 from dsv3_jax.layers.linear import specs
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.shapes import Array, Bool, Float32, Int
@@ -243,7 +243,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--trials", type=int, default=16, help="texts of each cell (default: %(default)s)")
     add("--others", type=int, default=0, help="facts of other names (default: %(default)s)")
-    add("--haystack", default="instant", help="source of filler, as data.source (default: instant)")
+    add("--haystack", default="instant", help=f"{FILLER} (default: %(default)s)")
     add("--batch", type=int, default=8, help="texts at a time (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
