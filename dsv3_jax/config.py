@@ -334,11 +334,10 @@ class EmaConfig:
 class GuardConfig:
     """What a run does about numbers that go wrong.
 
-    A step is skipped, with the state as it was, if its gradient is not finite or its norm exceeds
-    `skip_above` times the usual one (once 100 steps have shown that). After `roll_back_after` such
-    steps in a row the run goes back to a checkpoint from before and on behind their data. A loss
-    more than `spike` standard deviations above the last 100 is reported. Every `audit_every` steps
-    all copies of the state are compared (None: never).
+    A step is skipped if its gradient is not finite or its norm exceeds `skip_above` times the usual
+    one (once 100 steps have shown that). After `roll_back_after` such steps in a row the run goes
+    back to a checkpoint from before. A loss more than `spike` standard deviations above the last
+    100 is reported. Every `audit_every` steps all copies of the state are compared (None: never).
     """
 
     skip_above: float = 20.0
@@ -356,10 +355,7 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Save every `every` steps and keep the newest `keep`.
-
-    Those of steps that are multiples of `keep_every` stay for good; None for none.
-    """
+    """Save every `every` steps; the newest `keep` stay, and multiples of `keep_every` for good."""
 
     every: int = 100
     keep: int = 3

@@ -22,16 +22,21 @@ from configs import load_preset, preset_names
 from dsv3_jax.config import Config
 from dsv3_jax.costs import activated_parameters, training_flops_per_token
 from dsv3_jax.fit import check_mesh
+from dsv3_jax.hf_weights import our_shapes
+from dsv3_jax.layers.rope import frequencies
 from dsv3_jax.losses import Batch
 from dsv3_jax.model import count_parameters
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.overrides import override
 from dsv3_jax.training.state import abstract_state, layout_of
 from dsv3_jax.training.step import make_step
 from sharding.mesh import AXES, BATCH, MeshSpec, parse_mesh
 
 MESHES = {
     "tiny": "dp4,ep8",
+    "tiny_long": "dp2",
+    "tiny_recipe": "dp2,ep2",
     "dsv3_16b": "dp4,ep16",
     "dsv3_671b": "dp16,ep64",
     "dsv3_671b_long": "dp16,ep64",
@@ -91,6 +96,22 @@ def test_sizes_of_16b():
     assert round(count_parameters(model)["main"] / 1e9) == 16
 
 
+def test_stages_of_context_extension():
+    """Both take the weights of the run before; slow rotary pairs slow down as the length grows."""
+    short, long = load_preset("tiny"), load_preset("tiny_long")
+    longer = override(override(long, "model.attention.yarn.factor=32"), "train.seq_len=4096")
+    longer = override(longer, "train.batch=1")
+    for config in (long, longer):
+        assert our_shapes(config.model) == our_shapes(short.model)
+        yarn = config.model.attention.yarn
+        assert yarn.original_length == short.train.seq_len
+        assert yarn.factor * yarn.original_length == config.train.seq_len
+        slowed = frequencies(short.model.attention) / frequencies(config.model.attention)
+        assert slowed[0] == 1.0 and slowed[-1] == pytest.approx(yarn.factor)
+        tokens = config.train.batch * config.train.seq_len
+        assert tokens == short.train.batch * short.train.seq_len  # a step, as in the report
+
+
 @pytest.fixture
 def any_mesh(monkeypatch):
     """Annotations say Mesh where an AbstractMesh does as well, so they are not checked here."""
@@ -125,7 +146,7 @@ def test_every_preset_has_a_mesh():
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", pytest.param("dsv3_16b", marks=pytest.mark.slow), "dsv3_671b"]
+    "name", ["tiny", "tiny_long", pytest.param("dsv3_16b", marks=pytest.mark.slow), "dsv3_671b"]
 )
 def test_step_lowers(name, any_mesh):
     text, state, (after, metrics) = lowered(name)

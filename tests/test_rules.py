@@ -24,6 +24,9 @@ MESHES = {
     "tiny": ["dp1", "dp8", "ep8", "dp4,ep8", "dp2,ep2x4"],
     "dsv3_16b": ["dp4,ep16", "dp64,ep8x4"],
     "dsv3_671b": ["dp16,ep64", "dp1,ep8x8", "dp128,ep8x8", "dp3,ep32"],
+    "tiny_long": ["dp2"],
+    "tiny_recipe": ["dp2,ep4"],
+    "dsv3_671b_long": ["dp16,ep64"],
 }
 ON_MESHES = [(preset, mesh) for preset, meshes in MESHES.items() for mesh in meshes]
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

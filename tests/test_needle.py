@@ -1,0 +1,242 @@
+"""Needles in haystacks: the texts, the scores, the grid of a perfect reader, and the command."""
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+
+import chex
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+from flax import nnx
+from reference.cases import CONFIG, build
+
+from dsv3_jax import save_pretrained
+from dsv3_jax.data import Prompts, Tokenizer, train_bpe
+from dsv3_jax.data.needles import NAMES, generate
+from dsv3_jax.evaluation import needle
+from dsv3_jax.inference.generator import Generator
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.weights.pretrained import load_model
+from dsv3_jax.weights.sources import InMemory
+from sharding.mesh import make_mesh, parse_mesh
+
+LINES = [f"line {n} of a text" + " that nobody reads" * (n % 5) for n in range(300)]
+FACT = re.compile(r"Remember (\w+) (\d+)\.\n")
+ASKS = re.compile(r"Remember (\w+) (\d+)\Z")
+LENGTHS, DEPTHS = (200, 300), (0.0, 0.5, 1.0)
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return train_bpe(generate(LINES, 8, 0, size=4000, names=16, between=3.0), 400)
+
+
+def haystacks(n_others: int = 3, seed: int = 0) -> needle.Haystacks:
+    return needle.Haystacks(Prompts(tokenizer(), None, {}, False, ()), LINES, n_others, seed)
+
+
+def text_of(length: int, depth: float, trial: int = 0, **how) -> str:
+    return tokenizer().decode(haystacks(**how).row(length, depth, trial)[0])
+
+
+# Texts
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("length", [150, 400])
+def test_a_text_has_its_length_and_one_needle(length, depth):
+    ids, n_answer = haystacks().row(length, depth, 0)
+    assert len(ids) == length
+    text = tokenizer().decode(ids)
+    name, value = ASKS.search(text).groups()
+    assert tokenizer().decode(ids[-n_answer:]) == f" {value}"
+    facts = dict(FACT.findall(text))
+    assert facts.pop(name) == value
+    assert len(facts) == 3 and set(facts) < set(NAMES) and value not in facts.values()
+    rest = FACT.sub("", text).split("\n")[1:-1]  # whole lines, without the cut one and the question
+    assert rest and set(rest) <= set(LINES)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_a_needle_lies_at_its_depth(depth):
+    text = text_of(1000, depth, n_others=0)
+    before, after = FACT.split(text)[0], FACT.split(text)[-1]
+    n_before, n_after = (len(tokenizer().encode(x)) for x in (before, ASKS.sub("", after)))
+    line = max(len(tokenizer().encode(f"{line}\n")) for line in LINES)
+    assert abs(n_before - depth * (n_before + n_after)) <= line / 2
+    assert (depth > 0 or not n_before) and (depth < 1 or not n_after)
+
+
+def test_seed_depth_and_trial_decide_a_text():
+    made = [text_of(300, 0.5), text_of(300, 0.5, 1), text_of(300, 0.4), text_of(300, 0.5, seed=1)]
+    assert len(set(made)) == 4 and made[0] == text_of(300, 0.5)
+
+
+def test_a_text_begins_with_bos_where_the_model_wants_it():
+    prompts = Prompts(tokenizer(), None, {"bos_token": "<|endoftext|>"}, True, ())
+    ids, _ = needle.Haystacks(prompts, LINES, 3, 0).row(200, 0.0, 0)
+    assert ids[0] == tokenizer().eos_id not in ids[1:] and len(ids) == 200
+
+
+def test_a_text_without_room_for_the_facts():
+    with pytest.raises(ValueError, match=r"--lengths: 20 tokens have no room .* --others=3 .* \d+"):
+        haystacks().row(20, 0.5, 0)
+
+
+# Scores
+
+
+def slow_scores(logits, tokens, n_answer):
+    """Token by token in float64."""
+    found, log_probs = [], []
+    for row, ids, n in zip(logits.astype(np.float64), tokens, n_answer, strict=True):
+        right, total = True, 0.0
+        for step in range(1, n + 1):
+            p = np.exp(row[-step]) / np.exp(row[-step]).sum()
+            total += np.log(p[ids[-step]])
+            right = right and p[ids[-step]] == p.max()
+        found.append(right)
+        log_probs.append(total)
+    return np.array(found), np.array(log_probs, np.float32)
+
+
+def test_scores_match_a_slow_count():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(64, 3, 4)).astype(np.float32)
+    tokens, n_answer = rng.integers(4, size=(64, 7), dtype=np.int32), rng.integers(1, 4, 64)
+    got = needle.judged(logits, needle.Rows(tokens, n_answer))
+    found, log_prob = slow_scores(logits, tokens, n_answer)
+    assert 5 < found.sum() < 40
+    np.testing.assert_array_equal(got.found, found)
+    chex.assert_trees_all_close(got.log_prob, log_prob, rtol=1e-5)
+
+
+def reader(sight: int) -> needle.Score:
+    """Answers right if the needle lies in the last `sight` tokens, and otherwise has no idea."""
+
+    def score(rows: needle.Rows) -> needle.Scores:
+        logits = np.zeros((*rows.tokens.shape, tokenizer().vocab_size), np.float32)
+        for row, ids, n in zip(logits, rows.tokens, rows.n_answer, strict=True):
+            name = ASKS.search(tokenizer().decode(ids.tolist()))[1]
+            seen = dict(FACT.findall(tokenizer().decode(ids[-sight:].tolist())))
+            if name in seen:
+                row[range(-n, 0), tokenizer().encode(f" {seen[name]}")] = 100.0
+        return needle.judged(logits[:, -3:], rows)
+
+    return score
+
+
+def grid(score: needle.Score, trials: int = 4, batch: int = 5) -> needle.Grid:
+    return needle.measure("a reader", haystacks(), score, LENGTHS, DEPTHS, trials, batch)
+
+
+def test_a_perfect_reader_finds_every_needle():
+    got = grid(reader(sight=1000))
+    assert np.shape(got.found) == (3, 2) and got.mean == 1.0
+    assert np.abs(got.log_prob).max() < 1e-6
+
+
+def test_a_blind_reader_finds_none():
+    got = grid(reader(sight=1))
+    assert got.mean == 0.0
+    n_tokens = -np.array(got.log_prob) / np.log(tokenizer().vocab_size)
+    assert n_tokens.min() >= 1.0 and n_tokens.max() <= 3.0  # of the answers
+
+
+def test_a_short_sighted_reader_finds_what_is_near():
+    """180 tokens reach down to the middle of 200 and of 300, but not to the top."""
+    assert grid(reader(sight=180)).found == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    assert grid(reader(sight=60)).found == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+
+
+def test_the_batch_changes_nothing():
+    assert grid(reader(sight=120), batch=5) == grid(reader(sight=120), batch=12)
+
+
+# A model
+
+
+SIZES = dataclasses.replace(CONFIG, vocab_size=400, n_layers=2, n_dense=1, mtp_depth=0)
+
+
+def fresh_model() -> DeepSeekV3:
+    return build(lambda: DeepSeekV3(SIZES, Policy(), rngs=nnx.Rngs(0)))[0]
+
+
+@functools.cache
+def rows() -> needle.Rows:
+    """Texts that end with what the model says next; the last one with something else."""
+    prompts = np.random.default_rng(0).integers(400, size=(3, 9), dtype=np.int32)
+    mesh = make_mesh(parse_mesh("dp1"), jax.devices()[:1])
+    generator = Generator(load_model(InMemory(fresh_model()), "float32", mesh), mesh)
+    steps = generator(prompts.tolist(), 2)
+    tokens = np.concatenate([prompts, np.stack([step.tokens for step in steps], axis=1)], axis=1)
+    tokens[2, -2] = (tokens[2, -2] + 1) % 400
+    return needle.Rows(tokens, np.array([2, 1, 2], np.int32))
+
+
+@pytest.mark.parametrize("mesh", ["dp1", "dp2,ep2"])
+def test_found_is_what_greedy_decoding_says(mesh):
+    mesh = make_mesh(parse_mesh(mesh), jax.devices()[: parse_mesh(mesh).n_devices])
+    score = needle.make_score(load_model(InMemory(fresh_model()), "float32", mesh), mesh, 2)
+    got = score(rows())
+    found, log_prob = slow_scores(np.asarray(fresh_model()(rows().tokens[:, :-1])), *rows())
+    assert got.found.tolist() == found.tolist() == [True, True, False]
+    chex.assert_trees_all_close(got.log_prob, log_prob, rtol=1e-4)  # another order of sums
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random model with its tokenizer."""
+    path = tmp_path_factory.mktemp("weights") / "model"
+    save_pretrained(fresh_model(), path, "float32")
+    tokenizer().save(path / "tokenizer.json")
+    return path
+
+
+def run(monkeypatch, folder, *arguments: str):
+    monkeypatch.setattr(sys, "argv", ["needle", f"--weights={folder}", *arguments])
+    needle.main()
+
+
+def test_command_writes_picture_and_numbers(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "hay.txt").write_text("\n".join(LINES))
+    how = ["--lengths=120,150", "--depths=0,50,100", "--trials=2", f"--haystack={tmp_path}/hay.txt"]
+    run(monkeypatch, folder, *how, f"--out={tmp_path}/one.png")
+    saved = json.loads((tmp_path / "one.json").read_text())
+    assert saved["title"] == "model" and saved["lengths"] == [120, 150]
+    assert saved["depths"] == [0.0, 0.5, 1.0] and np.shape(saved["found"]) == (3, 2)
+    assert np.max(saved["log_prob"]) < 0.0
+    assert "120 tokens: found 0." in capsys.readouterr().out
+    beside = [f"--beside={tmp_path}/one.json", "--title=again"]
+    run(monkeypatch, folder, *how, *beside, f"--out={tmp_path}/two.png")
+    assert json.loads((tmp_path / "two.json").read_text()) == saved | {"title": "again"}
+    one, two = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("one", "two"))
+    assert two.shape[1] > 1.5 * one.shape[1] and one.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths=20"], "error: --lengths: 20 tokens have no room"),
+        (["--lengths=120", "--haystack=absent"], "error: .*absent"),
+        (["--lengths=120", "--beside=absent.json"], "error: .*absent.json"),
+        (["--lengths=120", "--trials=0"], "error: --trials=0 must be at least 1"),
+        (["--lengths=120", "--batch=0"], "error: --batch=0 must be at least 1"),
+    ],
+)
+def test_errors(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, folder, *arguments)
+
+
+def test_depths_are_percent(folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, folder, "--lengths=120", "--depths=0,101")
+    assert "must lie in 0..100" in capsys.readouterr().err
