@@ -86,10 +86,11 @@ def test_a_source_without_sentences(tmp_path):
 def test_command_writes_documents_that_training_reads(tmp_path, monkeypatch, capsys):
     (tmp_path / "filler.txt").write_text("\n".join(LINES))
     out = tmp_path / "new" / "text"
-    command = f"needles --out {out} --filler {tmp_path}/filler.txt --documents 3 --size {SIZE}"
+    command = f"needles --out {out} --filler {tmp_path}/filler.txt --documents 3"
+    command += f" --size {SIZE} --names 16 --between 3"
     monkeypatch.setattr(sys, "argv", command.split())
     needles.main()
-    assert [text for _, text in documents(str(out), "text")] == texts(3)
+    assert [text for _, text in documents(str(out), "text", "refuse")] == texts(3)
     assert "3 documents" in capsys.readouterr().out
     assert len([json.loads(line) for line in (out / "needles.jsonl").open()]) == 3
 

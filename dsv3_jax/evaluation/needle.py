@@ -44,8 +44,8 @@ LINES_PER_CALL = 32  # of the tokenizer
 class Rows(NamedTuple):
     """Texts that end with an answer."""
 
-    tokens: Int[np.ndarray, "B T"] | Int[Array, "B T"]
-    n_answer: Int[np.ndarray, " B"] | Int[Array, " B"]  # how many of the last tokens are the answer
+    tokens: Int[Array, "B T"]
+    n_answer: Int[Array, " B"]  # how many of the last tokens are the answer
 
 
 class Scores(NamedTuple):
@@ -198,7 +198,7 @@ def measure(
 def draw(grids: Sequence[Grid], path: Path):
     """Heat maps side by side: length by depth, colour and number are the share found."""
     widths = [len(grid.lengths) for grid in grids]
-    size = (1.6 + 0.75 * sum(widths) + 0.9 * len(grids), 1.5 + 0.32 * len(grids[0].depths))
+    size = (1.6 + 0.6 * sum(widths) + 0.8 * len(grids), 1.5 + 0.32 * len(grids[0].depths))
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(grids), width_ratios=widths, squeeze=False)[0]
     for axes, grid in zip(panels, grids, strict=True):
