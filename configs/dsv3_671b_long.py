@@ -15,51 +15,24 @@ python -m dsv3_jax.tunnel --config=dsv3_671b_long --mesh=pp8,dp2,ep64 --topology
     --stop-at=schedule
 """
 
-from dsv3_jax.config import (
-    AttentionConfig,
-    Config,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PipelineConfig,
-    PrecisionConfig,
-    TrainConfig,
-    YarnConfig,
-)
+import dataclasses
+
+from configs import dsv3_671b
+from dsv3_jax.config import Config, LossConfig, OptimizerConfig, TrainConfig, YarnConfig
 
 RATE = 7.3e-6  # at which pre-training ends
 
 
 def get_config() -> Config:
-    return Config(
+    base = dsv3_671b.get_config()
+    yarn = YarnConfig(factor=40.0, original_length=base.train.seq_len)
+    attention = dataclasses.replace(base.model.attention, yarn=yarn)
+    return dataclasses.replace(
+        base,
         name="dsv3_671b_long",
-        model=ModelConfig(
-            vocab_size=129_280,
-            width=7168,
-            n_layers=61,
-            n_dense=3,
-            dense_hidden=18_432,
-            attention=AttentionConfig(
-                n_heads=128,
-                q_rank=1536,
-                kv_rank=512,
-                nope_dim=128,
-                rope_dim=64,
-                value_dim=128,
-                yarn=YarnConfig(factor=40.0, original_length=4096),
-            ),
-            moe=MoEConfig(
-                n_experts=256, n_shared=1, hidden=2048, top_k=8, n_groups=8, n_groups_kept=4
-            ),
-        ),
+        model=dataclasses.replace(base.model, attention=attention),
         train=TrainConfig(batch=480, seq_len=131_072, steps=1000),
-        data=DataConfig(tokenizer="deepseek", fim_rate=0.1, split_rate=0.1),
         optimizer=OptimizerConfig(peak_lr=RATE, decayed_lr=RATE, tail_lr=RATE, warmup_steps=0),
         losses=LossConfig(mtp_weight=0.1, bias_rate=0.0),  # as at the end of pre-training
-        precision=PrecisionConfig(dispatch="fp8"),
-        parallel=ParallelConfig(zero=3, remat="full", pieces=2, context=32),
-        pipeline=PipelineConfig(late=0),
+        parallel=dataclasses.replace(base.parallel, context=32),
     )
