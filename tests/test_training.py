@@ -14,13 +14,14 @@ from reference.train_command import ROOT, command
 
 import train
 from configs import load_preset
+from dsv3_jax.data import train_bpe
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.overrides import override
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
 from dsv3_jax.training.step import make_step
-from dsv3_jax.training.workdir import check_workdir
+from dsv3_jax.training.workdir import check_text, check_tokenizer, check_workdir
 from sharding.mesh import BATCH, make_mesh, parse_mesh
 
 
@@ -48,6 +49,20 @@ def test_workdir_of_another_config(tmp_path):
     with pytest.raises(ValueError, match=r"optimizer\.clip: 1\.0 -> 2\.0\n.*another --workdir"):
         check_workdir(override(config, "optimizer.clip=2"), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["clip"] == 1.0
+
+
+def test_text_and_tokenizer_that_are_not_the_runs(tmp_path):
+    check_text("here", "aa", "aa")
+    with pytest.raises(ValueError, match="the text of data.source=here is not what this run"):
+        check_text("here", "aa", "bb")
+    lines = ["the cat sat on the mat", "a dog ran to the river"] * 50
+    first, second = train_bpe(lines, 270), train_bpe(lines[::2], 270)
+    check_tokenizer(None, first)
+    check_tokenizer(tmp_path, first)  # nothing is there
+    first.save(tmp_path / "tokenizer.json")
+    check_tokenizer(tmp_path, first)
+    with pytest.raises(ValueError, match="another tokenizer: of its 270 .* --set data.tokenizer="):
+        check_tokenizer(tmp_path, second)
 
 
 def rows_of(workdir: Path) -> dict[int, dict]:

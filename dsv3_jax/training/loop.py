@@ -35,7 +35,7 @@ from dsv3_jax.training.ledger import Ledger, goodput
 from dsv3_jax.training.redundancy import Redundancy
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of, state_from
 from dsv3_jax.training.step import Metrics, make_step
-from dsv3_jax.training.workdir import check_text, check_workdir
+from dsv3_jax.training.workdir import check_text, check_tokenizer, check_workdir
 from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import MeshSpec, make_mesh, share_of_process, spec_of
 
@@ -110,7 +110,9 @@ class Run:
         if config.init_from is None:
             self.state = fresh_state(config, optimizer, self.abstract)
         else:
-            self.state = state_from(open_weights(config.init_from), optimizer, self.abstract)
+            source = open_weights(config.init_from)
+            check_tokenizer(source.directory, self.corpus.tokenizer)
+            self.state = state_from(source, optimizer, self.abstract)
         if config.ema.decay is not None:
             self.ema = HostEma(self.state.params, config.ema)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from dsv3_jax.config import Config
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.overrides import differences, to_dict
 from dsv3_jax.training.metrics import write_atomically
 
@@ -52,4 +53,24 @@ def check_text(source: str, saved: str, now: str):
         raise ValueError(
             f"the text of data.source={source} is not what this run was trained on so far "
             f"(fingerprint {saved}, now {now}); bring the old text back, or begin another --workdir"
+        )
+
+
+def check_tokenizer(directory: Path | None, tokenizer: Tokenizer):
+    """Raise a ValueError if the weights in a folder know tokens by other ids than `tokenizer`.
+
+    Args:
+        directory: of the weights; where it has no tokenizer.json, nothing can be said.
+    """
+    path = None if directory is None else directory / "tokenizer.json"
+    if path is None or not path.exists():
+        return
+    theirs, ours = (x.backend.get_vocab() for x in (load_tokenizer(str(path)), tokenizer))
+    if theirs != ours:
+        both = theirs.keys() & ours.keys()
+        same = sum(theirs[token] == ours[token] for token in both)
+        raise ValueError(
+            f"init_from: the weights in {directory} were trained with another tokenizer: of its "
+            f"{len(theirs):,} tokens {same:,} have the same id here. "
+            f"Add --set data.tokenizer={path}"
         )
