@@ -1,5 +1,7 @@
 """Bad steps: the state stays as it was, bit for bit; when a run goes back, and how far."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,14 @@ import pytest
 from reference.small_step import batch_of, config_of, parameters, placed
 
 from dsv3_jax.config import GuardConfig
+from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.losses import Losses
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.training.guard import Bad, Events, Guard, Spikes
+from dsv3_jax.training.notes import why_skipped
 from dsv3_jax.training.state import first_state
-from dsv3_jax.training.step import USUAL_STEPS, make_step
+from dsv3_jax.training.step import USUAL_STEPS, Metrics, make_step
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +134,25 @@ def test_equal_losses_need_a_visible_step():
     for _ in range(30):
         spikes.stands_out(2.0)
     assert spikes.stands_out(2.01) is None and spikes.stands_out(2.02) is not None
+
+
+def test_what_was_wrong_is_named():
+    """Of 4 layers the first is dense, so the third and fourth rows are layer 3 and MTP's."""
+    model = dataclasses.replace(config_of().model, n_layers=4)
+    zero = jnp.zeros(())
+    router = RouterStats(*[jnp.zeros((4,))] * len(RouterStats._fields))
+
+    def numbers(norm: float, lost: list[int]) -> Metrics:
+        stats = router._replace(lost=jnp.array(lost))
+        norms = (jnp.float32(norm), jnp.float32(8.0))
+        return Metrics(Losses(zero, zero, zero, zero), *norms, zero, stats, jnp.bool_(True))
+
+    assert why_skipped(numbers(9.0, [0, 0, 0, 0]), model) == "the gradient norm 9 exceeds 8"
+    found = why_skipped(numbers(float("inf"), [0, 0, 7, 12]), model)
+    assert found == (
+        "the gradient is not finite (norm inf); the router logits of 12 tokens are not finite in "
+        "layer 3, MTP module 1"
+    )
 
 
 def test_events_are_kept_line_by_line(tmp_path):

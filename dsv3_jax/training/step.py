@@ -139,16 +139,15 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         tokens = sizes.tokens(state.step)
         weight = mtp_weight(config.losses, tokens)
-        losses, stats, grads = compute(state.params, state.bias, batch, weight, extra)
-        # The update waits for the norm in any case; told so, XLA schedules the layers as if alone.
-        grads, norm = jax.lax.optimization_barrier((grads, optax.tree.norm(grads)))
+        found = compute(state.params, state.bias, batch, weight, extra)
+        losses, stats, grads = jax.lax.optimization_barrier(found)  # layers scheduled as if alone
         rate = learning_rate(config.optimizer, state.step, tokens)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
         bias = state.bias
         if stats is not None:
             bias = update_bias(bias, stats.load, bias_rate(config.losses, tokens))
-        allowed = allowed_norm(state, config.guard)
+        norm, allowed = optax.tree.norm(grads), allowed_norm(state, config.guard)
         good = norm <= allowed  # not if it is not a number
         if stats is not None:
             good = good & ~stats.lost.any()
