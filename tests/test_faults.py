@@ -10,23 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference.train_command import ROOT, command
+from reference.train_command import ROOT, command, rows_of
 
 from dsv3_jax.training.ledger import goodput
 
 HERE = Path(__file__).parent
-
-
-def rows_of(workdir: Path) -> dict[int, dict]:
-    """Training rows by step, without what depends on the clock."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows = (json.loads(line) for line in lines if line.endswith("}"))
-    timed = "tokens_per_second"
-    return {
-        row["step"]: {name: value for name, value in row.items() if name != timed}
-        for row in rows
-        if "loss" in row
-    }
 
 
 def events_of(workdir: Path) -> list[dict]:

@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from reference.train_command import ROOT, command
+from reference.train_command import ROOT, command, rows_of
 
 import train
 from configs import load_preset
@@ -63,18 +62,6 @@ def test_text_and_tokenizer_that_are_not_the_runs(tmp_path):
     check_tokenizer(tmp_path, first)
     with pytest.raises(ValueError, match="another tokenizer: of its 270 .* --set data.tokenizer="):
         check_tokenizer(tmp_path, second)
-
-
-def rows_of(workdir: Path) -> dict[int, dict]:
-    """Training rows by step, without what depends on the clock."""
-    path = workdir / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    timed = "tokens_per_second"
-    return {
-        row["step"]: {name: value for name, value in row.items() if name != timed}
-        for row in rows
-        if "loss" in row
-    }
 
 
 @pytest.mark.slow

@@ -101,12 +101,12 @@ class Run:
         config, optimizer = self.config, self.optimizer
         self.abstract = abstract_state(config, optimizer, self.mesh, self.layout)
         self.first, self.ema = 0, None
-        self.redundancy = Redundancy(config, self.mesh)
         with self.ledger.spent_on("restore"):
             row = self._resume()
         if row is not None:
             self.loader.start(self.first, row)
             return
+        self.redundancy = Redundancy(config, self.mesh)
         if config.init_from is None:
             self.state = fresh_state(config, optimizer, self.abstract)
         else:

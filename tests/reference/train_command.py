@@ -1,5 +1,6 @@
-"""train.py on a small model, as tests of the command line run it."""
+"""train.py on a small model, as tests of the command line run it, and the rows it leaves."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -32,3 +33,15 @@ def command(workdir: Path, steps: int, *more: str) -> list[str]:
     flags = [f"--set={setting}" for setting in settings(workdir, *more)]
     run = [sys.executable, str(ROOT / "train.py"), "--mesh=dp2,ep2"]
     return [*run, f"--workdir={workdir}", f"--steps={steps}", *flags]
+
+
+def rows_of(workdir: Path) -> dict[int, dict]:
+    """Training rows by step, without what depends on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = (json.loads(line) for line in lines if line.endswith("}"))
+    timed = "tokens_per_second"
+    return {
+        row["step"]: {name: value for name, value in row.items() if name != timed}
+        for row in rows
+        if "loss" in row
+    }
