@@ -126,12 +126,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, programs):
 def test_one_of_two_processes_is_killed(tmp_path, programs):
     """The supervisor runs both again; SIGTERM stops both at one step; one process goes on alone.
 
-    Losses are those of one process all along.
+    Losses are those of one process all along. Every expert is chosen: else the order of sums, which
+    differs, now and then makes another choice, and a jump of it.
     """
+    all_experts = ("model.moe.n_groups_kept=4", "model.moe.top_k=8")
     alone, both = tmp_path / "alone", tmp_path / "both"
-    subprocess.run(command(alone, 80), check=True, capture_output=True)
+    subprocess.run(command(alone, 40, *all_experts), check=True, capture_output=True)
     process = subprocess.Popen(
-        [*command(both, 80), "--processes=2", "--supervise"],
+        [*command(both, 40, *all_experts), "--processes=2", "--supervise"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -152,11 +154,12 @@ def test_one_of_two_processes_is_killed(tmp_path, programs):
     before = sum(ledger[1]["seconds"].get(kind, 0.0) for kind in ("start", "restore", "compile"))
     assert ledger[1]["begin"] + before - killed < 60
     assert goodput(both).starts == 2 and 1.0 < goodput(both).seconds["down"] < 60  # the back-off
-    again = subprocess.run(command(both, 80), check=True, capture_output=True, text=True)
+    again = command(both, 40, *all_experts)
+    again = subprocess.run(again, check=True, capture_output=True, text=True)
     assert f"resuming at step {ledger[1]['last']}" in again.stdout
     want, got = rows_of(alone), rows_of(both)
-    assert list(got) == list(want) == list(range(1, 81))
+    assert list(got) == list(want) == list(range(1, 41))
     for step, row in got.items():
-        for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(row[name], want[step][name], rtol=1e-3)
+        for name, rtol in (("loss", 1e-5), ("grad_norm", 1e-3)):
+            np.testing.assert_allclose(row[name], want[step][name], rtol=rtol)
     assert (both / "processes/1/metrics.jsonl").exists()
