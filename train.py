@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 
 from configs import load_preset, preset_names
+from dsv3_jax.command_line import add_settings, message
 from dsv3_jax.config import Config
 from dsv3_jax.overrides import override
 from dsv3_jax.training.host import with_huge_pages
@@ -46,13 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workdir", type=Path, help="where everything of the run is kept (default: runs/CONFIG)"
     )
     parser.add_argument("--steps", help="train to this step (short for --set train.steps=N)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override a field of the config, e.g. checkpoint.every=50; may be repeated",
-    )
+    add_settings(parser)
     parser.add_argument(
         "--distributed",
         action="store_true",
@@ -85,11 +80,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_config(arguments: argparse.Namespace) -> Config:
-    config = load_preset(arguments.config)
     steps = [f"train.steps={arguments.steps}"] if arguments.steps else []
-    for assignment in arguments.set + steps:
-        config = override(config, assignment)
-    return config
+    return override(load_preset(arguments.config), *arguments.set, *steps)
 
 
 def join(arguments: argparse.Namespace) -> int:
@@ -134,8 +126,7 @@ def main():
 
         train(config, mesh, workdir)
     except REFUSED as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         sys.exit(f"error: {error}")

@@ -145,10 +145,9 @@ def cost(mesh: str, topology: str):
     for column in ("precision", "step", "compute", "products", "quantisation", "share of step"):
         table.add_column(column, justify="right")
     for precision in ("bfloat16", "fp8"):
-        config = load_preset("dsv3_671b")
         batch = f"train.batch={parse_mesh(mesh).data}"
-        for setting in (batch, f"precision={precision}", "precision.dispatch=fp8"):
-            config = override(config, setting)
+        settings = (batch, f"precision={precision}", "precision.dispatch=fp8")
+        config = override(load_preset("dsv3_671b"), *settings)
         target = target_of(config, mesh, topology)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -1,4 +1,4 @@
-"""The report's whole recipe (sec. 4.2) at one 1,480,000th of its tokens, on 27M tokens of English.
+"""The report's whole recipe (sec. 4.2) at one 592,000th of its tokens, on 27M tokens of English.
 
 python -m dsv3_jax.data.fetch debian-docs
 python train.py --config=tiny_recipe --mesh=dp1 --set data.source=runs/data/debian-docs
@@ -17,7 +17,7 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 
-SCALE = 10e6 / 14.8e12
+SCALE = 25e6 / 14.8e12
 
 
 def get_config() -> Config:
@@ -29,7 +29,7 @@ def get_config() -> Config:
         train=TrainConfig(
             batch=20,
             seq_len=256,
-            steps=2054,
+            steps=5131,
             first_batch=4,
             batch_sizes=5,
             ramp_tokens=469e9 * SCALE,

@@ -8,8 +8,6 @@ import dataclasses
 import math
 import re
 
-from dsv3_jax import overrides
-
 GIB = 2**30
 
 
@@ -152,8 +150,3 @@ def chip_of(topology: str) -> tuple[Chip, int, tuple[int, ...]]:
         raise ValueError(f"topology {topology!r}: expected {dims} sizes, as in {family}:{example}")
     shape = tuple(int(size) for size in sizes.split("x"))
     return chip, math.prod(shape) * chip.devices_a_chip, shape
-
-
-def override(chip: Chip, assignment: str) -> Chip:
-    """`chip` with one figure replaced, e.g. "ici_bandwidth=9e10"."""
-    return overrides.override(chip, assignment)

@@ -8,15 +8,13 @@ Text streams as it comes. Several prompts run as one batch and are printed one a
 """
 
 import argparse
-import sys
-from pathlib import Path
 
+from dsv3_jax.command_line import add_model, errors_told
 from dsv3_jax.data import Prompts, TextStream, load_prompts
 from dsv3_jax.inference.generator import Generator, check_request
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.weights.pretrained import DTYPES, load_model, start_mesh
+from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import GRAMMAR
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,24 +23,22 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model(parser)
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="folder with the weights and tokenizer.json")
     add("--prompt", action="append", required=True, help="text to continue; may be repeated")
     add("--chat", action="store_true", help="put each prompt in the folder's chat template")
     add("--max-new", type=int, default=256, help="most new tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest (default)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest that reach this together")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     add("--fp8-cache", action="store_true", help="remember tokens in FP8: 57 %% of the memory")
-    add("--mesh", help=f"{GRAMMAR} (default: one device)")
     add("--ignore-eos", action="store_true", help="go on after the end of the text")
     return parser.parse_args()
 
 
 def main():
     arguments = parse_arguments()
-    try:
+    with errors_told():
         sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
         mesh = start_mesh(arguments.mesh)
         source = open_weights(arguments.weights)
@@ -56,8 +52,6 @@ def main():
         steps = generator(ids, arguments.max_new, sampling, stop_ids, arguments.seed)
         texts = [text + "\n" * arguments.chat for text in arguments.prompt]
         show(texts, steps, prompts, stop_ids)
-    except (ValueError, KeyError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
 
 
 def _ids(prompts: Prompts, text: str, chat: bool) -> list[int]:

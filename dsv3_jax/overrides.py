@@ -15,42 +15,57 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
 
 
-def override(config, assignment: str):
-    """`config` with one field replaced, e.g. "optimizer.peak_lr=1e-3".
+def override(config, *assignments: str):
+    """`config` with fields replaced, e.g. by "optimizer.peak_lr=1e-3", and checked as a whole.
 
     Raises:
         KeyError: a name on the path is unknown; the message gives the nearest one.
-        ValueError: no "=", or a value that does not fit the field's type.
+        ValueError: no "=", a value that does not fit the field's type, or a config that can't be.
     """
-    path, sign, text = assignment.partition("=")
-    if not sign:
-        raise ValueError(f"--set {assignment!r}: expected section.field=value")
-    return _replace(config, path.strip(), path.strip().split("."), text.strip())
+    values = to_dict(config)
+    for assignment in assignments:
+        path, sign, text = assignment.partition("=")
+        if not sign:
+            raise ValueError(f"--set {assignment!r}: expected section.field=value")
+        _assign(type(config), values, path.strip(), text.strip())
+    return from_dict(type(config), values)
 
 
-def _replace(config, path: str, keys: list[str], text: str):
-    hints = typing.get_type_hints(type(config))
-    if keys[0] not in hints:
-        raise KeyError(f"unknown config key {path!r}: in it {keys[0]!r}: {nearest(keys[0], hints)}")
-    if len(keys) == 1 and dataclasses.is_dataclass(hints[keys[0]]):
-        value = _named(getattr(config, keys[0]), path, text)
-    elif len(keys) == 1:
-        value = _parse(path, text, hints[keys[0]])
-    elif dataclasses.is_dataclass(child := getattr(config, keys[0])):
-        value = _replace(child, path, keys[1:], text)
+def _assign(kind: type, values: dict, path: str, text: str):
+    """Put the value that `text` means into the plain values of a `kind`."""
+    *sections, name = path.split(".")
+    for key in sections:
+        hint = _hint(kind, path, key)
+        if not isinstance(values[key], dict):
+            raise KeyError(f"config key {path!r}: {key!r} is {values[key]!r} and has no fields")
+        kind, values = _dataclass_in(hint), values[key]
+    hint = _hint(kind, path, name)
+    if dataclasses.is_dataclass(hint):
+        values[name] |= _named(hint, path, text)
     else:
-        raise KeyError(f"config key {path!r}: {keys[0]!r} is {child!r} and has no fields")
-    return dataclasses.replace(config, **{keys[0]: value})
+        values[name] = _parse(path, text, hint)
 
 
-def _named(config, path: str, name: str):
-    """A part of a config with the fields that a name stands for, such as "precision=fp8"."""
-    known = getattr(type(config), "NAMED", {})
+def _hint(kind: type, path: str, key: str):
+    hints = typing.get_type_hints(kind)
+    if key not in hints:
+        raise KeyError(f"unknown config key {path!r}: in it {key!r}: {nearest(key, hints)}")
+    return hints[key]
+
+
+def _dataclass_in(hint) -> type | None:
+    """The dataclass that an annotation is, or names beside None."""
+    return next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None)
+
+
+def _named(kind: type, path: str, name: str) -> dict:
+    """The fields that a name stands for, such as "precision=fp8"."""
+    known = getattr(kind, "NAMED", {})
     if name not in known:
-        first = dataclasses.fields(config)[0].name
+        first = dataclasses.fields(kind)[0].name
         ask = nearest(name, known) if known else f"set its fields, such as {path}.{first}"
         raise ValueError(f"--set {path}={name}: no such {path}; {ask}")
-    return dataclasses.replace(config, **known[name])
+    return known[name]
 
 
 def _parse(path: str, text: str, hint):
@@ -107,8 +122,7 @@ def from_dict(kind: type, values: dict):
         raise KeyError(f"{kind.__name__} has no field {name!r}: {nearest(name, hints)}")
 
     def value_of(name: str, value):
-        options = (hints[name], *typing.get_args(hints[name]))
-        inner = next(filter(dataclasses.is_dataclass, options), None)
+        inner = _dataclass_in(hints[name])
         return from_dict(inner, value) if inner and isinstance(value, dict) else value
 
     return kind(**{name: value_of(name, value) for name, value in values.items()})

@@ -128,6 +128,13 @@ def test_override_is_checked():
         override(tiny.get_config(), "model.moe.top_k=9")
 
 
+def test_settings_are_checked_together():
+    both = ("model.moe.top_k=16", "model.moe.n_groups_kept=8")
+    assert override(tiny.get_config(), *both).model.moe.top_k == 16
+    with pytest.raises(ValueError, match=r"moe.top_k=16 exceeds"):
+        override(tiny.get_config(), *both[:1])
+
+
 ATTENTION = dict(n_heads=3, q_rank=None, kv_rank=5, nope_dim=7, rope_dim=2, value_dim=4)
 MOE = dict(n_experts=12, n_shared=1, hidden=5, top_k=2, n_groups=4, n_groups_kept=2)
 MODEL = dict(

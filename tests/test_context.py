@@ -32,10 +32,7 @@ SMALL = (DOCUMENTS, "model.n_layers=1", "model.n_dense=0", "losses.balance_weigh
 
 
 def config_with(*settings: str) -> Config:
-    config = config_of()
-    for setting in ("model.attention.n_heads=4", *settings):
-        config = override(config, setting)
-    return config
+    return override(config_of(), "model.attention.n_heads=4", *settings)
 
 
 def text() -> np.ndarray:

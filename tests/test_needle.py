@@ -6,8 +6,6 @@ import json
 import re
 import sys
 
-import chex
-import jax
 import matplotlib.image
 import numpy as np
 import pytest
@@ -16,14 +14,11 @@ from reference.cases import CONFIG, build
 
 from dsv3_jax import save_pretrained
 from dsv3_jax.data import Prompts, Tokenizer, train_bpe
-from dsv3_jax.data.needles import NAMES, generate
+from dsv3_jax.data.needles import NAMES, filler, generate
 from dsv3_jax.evaluation import needle
-from dsv3_jax.inference.generator import Generator
+from dsv3_jax.evaluation.scorer import Pair, Score
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.weights.pretrained import load_model
-from dsv3_jax.weights.sources import InMemory
-from sharding.mesh import make_mesh, parse_mesh
 
 LINES = [f"line {n} of a text" + " that nobody reads" * (n % 5) for n in range(300)]
 FACT = re.compile(r"Remember (\w+) (\d+)\.\n")
@@ -36,12 +31,16 @@ def tokenizer() -> Tokenizer:
     return train_bpe(generate(LINES, 8, 0, size=4000, names=16, between=3.0), 400)
 
 
-def haystacks(n_others: int = 3, seed: int = 0) -> needle.Haystacks:
-    return needle.Haystacks(Prompts(tokenizer(), None, {}, False, ()), LINES, n_others, seed)
+def haystacks(n_others: int = 3, seed: int = 0, lines: list = LINES) -> needle.Haystacks:
+    return needle.Haystacks(Prompts(tokenizer(), None, {}, False, ()), lines, n_others, seed)
+
+
+def whole(pair: Pair) -> list[int]:
+    return [*pair.context, *pair.continuation]
 
 
 def text_of(length: int, depth: float, trial: int = 0, **how) -> str:
-    return tokenizer().decode(haystacks(**how).row(length, depth, trial)[0])
+    return tokenizer().decode(whole(haystacks(**how).pair(length, depth, trial)))
 
 
 # Texts
@@ -50,11 +49,11 @@ def text_of(length: int, depth: float, trial: int = 0, **how) -> str:
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("length", [150, 400])
 def test_a_text_has_its_length_and_one_needle(length, depth):
-    ids, n_answer = haystacks().row(length, depth, 0)
-    assert len(ids) == length
-    text = tokenizer().decode(ids)
+    pair = haystacks().pair(length, depth, 0)
+    assert len(whole(pair)) == length
+    text = tokenizer().decode(whole(pair))
     name, value = ASKS.search(text).groups()
-    assert tokenizer().decode(ids[-n_answer:]) == f" {value}"
+    assert tokenizer().decode(list(pair.continuation)) == f" {value}"
     facts = dict(FACT.findall(text))
     assert facts.pop(name) == value
     assert len(facts) == 3 and set(facts) < set(NAMES) and value not in facts.values()
@@ -79,83 +78,50 @@ def test_seed_depth_and_trial_decide_a_text():
 
 def test_a_text_begins_with_bos_where_the_model_wants_it():
     prompts = Prompts(tokenizer(), None, {"bos_token": "<|endoftext|>"}, True, ())
-    ids, _ = needle.Haystacks(prompts, LINES, 3, 0).row(200, 0.0, 0)
+    ids = whole(needle.Haystacks(prompts, LINES, 3, 0).pair(200, 0.0, 0))
     assert ids[0] == tokenizer().eos_id not in ids[1:] and len(ids) == 200
 
 
 def test_a_text_without_room_for_the_facts():
     with pytest.raises(ValueError, match=r"--lengths: 20 tokens have no room .* --others=3 .* \d+"):
-        haystacks().row(20, 0.5, 0)
+        haystacks().pair(20, 0.5, 0)
 
 
-# Scores
+# Readers
 
 
-def slow_scores(logits, tokens, n_answer):
-    """Token by token in float64."""
-    found, log_probs = [], []
-    for row, ids, n in zip(logits.astype(np.float64), tokens, n_answer, strict=True):
-        right, total = True, 0.0
-        for step in range(1, n + 1):
-            p = np.exp(row[-step]) / np.exp(row[-step]).sum()
-            total += np.log(p[ids[-step]])
-            right = right and p[ids[-step]] == p.max()
-        found.append(right)
-        log_probs.append(total)
-    return np.array(found), np.array(log_probs, np.float32)
-
-
-def test_scores_match_a_slow_count():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(64, 3, 4)).astype(np.float32)
-    tokens, n_answer = rng.integers(4, size=(64, 7), dtype=np.int32), rng.integers(1, 4, 64)
-    got = needle.judged(logits, needle.Rows(tokens, n_answer))
-    found, log_prob = slow_scores(logits, tokens, n_answer)
-    assert 5 < found.sum() < 40
-    np.testing.assert_array_equal(got.found, found)
-    chex.assert_trees_all_close(got.log_prob, log_prob, rtol=1e-5)
-
-
-def reader(sight: int) -> needle.Score:
+def reader(sight: int) -> needle.Scores:
     """Answers right if the needle lies in the last `sight` tokens, and otherwise has no idea."""
 
-    def score(rows: needle.Rows) -> needle.Scores:
-        logits = np.zeros((*rows.tokens.shape, tokenizer().vocab_size), np.float32)
-        for row, ids, n in zip(logits, rows.tokens, rows.n_answer, strict=True):
-            name = ASKS.search(tokenizer().decode(ids.tolist()))[1]
-            seen = dict(FACT.findall(tokenizer().decode(ids[-sight:].tolist())))
-            if name in seen:
-                row[range(-n, 0), tokenizer().encode(f" {seen[name]}")] = 100.0
-        return needle.judged(logits[:, -3:], rows)
+    def score(pair: Pair) -> Score:
+        name = ASKS.search(tokenizer().decode(whole(pair)))[1]
+        seen = dict(FACT.findall(tokenizer().decode(whole(pair)[-sight:])))
+        answer = tokenizer().encode(f" {seen[name]}") if name in seen else []
+        return Score(0.0, True) if list(pair.continuation) == answer else Score(-9.0, False)
 
-    return score
+    return lambda pairs, advance: [score(pair) for pair in pairs]
 
 
-def grid(score: needle.Score, trials: int = 4, batch: int = 5) -> needle.Grid:
-    return needle.measure("a reader", haystacks(), score, LENGTHS, DEPTHS, trials, batch)
+def grid(scores: needle.Scores) -> needle.Grid:
+    return needle.measure("a reader", haystacks(), scores, LENGTHS, DEPTHS, trials=4)
 
 
 def test_a_perfect_reader_finds_every_needle():
     got = grid(reader(sight=1000))
     assert np.shape(got.found) == (3, 2) and got.mean == 1.0
-    assert np.abs(got.log_prob).max() < 1e-6
+    assert not np.any(got.log_prob)
 
 
 def test_a_blind_reader_finds_none():
     got = grid(reader(sight=1))
     assert got.mean == 0.0
-    n_tokens = -np.array(got.log_prob) / np.log(tokenizer().vocab_size)
-    assert n_tokens.min() >= 1.0 and n_tokens.max() <= 3.0  # of the answers
+    assert np.all(np.array(got.log_prob) == -9.0)
 
 
 def test_a_short_sighted_reader_finds_what_is_near():
     """180 tokens reach down to the middle of 200 and of 300, but not to the top."""
     assert grid(reader(sight=180)).found == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
     assert grid(reader(sight=60)).found == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
-
-
-def test_the_batch_changes_nothing():
-    assert grid(reader(sight=120), batch=5) == grid(reader(sight=120), batch=12)
 
 
 # A model
@@ -176,32 +142,13 @@ def fresh_model() -> DeepSeekV3:
     return build(lambda: DeepSeekV3(SIZES, Policy(), rngs=nnx.Rngs(0)))[0]
 
 
-@functools.cache
-def rows() -> needle.Rows:
-    """Texts that end with what the model says next; the last one with something else."""
-    prompts = np.random.default_rng(0).integers(400, size=(3, 9), dtype=np.int32)
-    mesh = make_mesh(parse_mesh("dp1"), jax.devices()[:1])
-    generator = Generator(load_model(InMemory(fresh_model()), "float32", mesh), mesh)
-    steps = generator(prompts.tolist(), 2)
-    tokens = np.concatenate([prompts, np.stack([step.tokens for step in steps], axis=1)], axis=1)
-    tokens[2, -2] = (tokens[2, -2] + 1) % 400
-    return needle.Rows(tokens, np.array([2, 1, 2], np.int32))
-
-
-@functools.cache
-def expected():
-    """Of the same texts by the plain model."""
-    logits = nnx.jit(lambda model, tokens: model(tokens))(fresh_model(), rows().tokens[:, :-1])
-    return slow_scores(np.asarray(logits), *rows())
-
-
-@pytest.mark.parametrize("mesh", ["dp1", "dp2,ep2"])
-def test_found_is_what_greedy_decoding_says(mesh):
-    mesh = make_mesh(parse_mesh(mesh), jax.devices()[: parse_mesh(mesh).n_devices])
-    score = needle.make_score(load_model(InMemory(fresh_model()), "float32", mesh), mesh, 2)
-    got, (found, log_prob) = score(rows()), expected()
-    assert got.found.tolist() == found.tolist() == [True, True, False]
-    chex.assert_trees_all_close(got.log_prob, log_prob, rtol=1e-4)  # another order of sums
+def plain_log_probability(pair: Pair) -> float:
+    """Of the answer by the whole model, in float64."""
+    tokens = np.array(whole(pair), np.int32)
+    logits = np.asarray(fresh_model()(tokens[None, :-1])[0], np.float64)
+    n = len(pair.continuation)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return log_probs[range(-n, 0), tokens[-n:]].sum()
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +173,16 @@ def test_command_writes_picture_and_numbers(folder, tmp_path, monkeypatch, capsy
     assert saved["title"] == "model" and saved["lengths"] == [120, 150]
     assert saved["depths"] == [0.0, 0.5, 1.0] and np.shape(saved["found"]) == (3, 2)
     assert np.max(saved["log_prob"]) < 0.0
+    same = haystacks(n_others=0, lines=filler(str(tmp_path / "hay.txt")))
+    answers = [plain_log_probability(same.pair(120, 0.5, trial)) for trial in range(2)]
+    assert saved["log_prob"][1][0] == pytest.approx(np.mean(answers), rel=1e-4)
     assert "120 tokens: found 0." in capsys.readouterr().out
     beside = [f"--beside={tmp_path}/one.json", "--title=again"]
     run(monkeypatch, folder, *how, *beside, "--lengths=120", f"--out={tmp_path}/two.png")
     again = json.loads((tmp_path / "two.json").read_text())
     assert again["title"] == "again" and again["lengths"] == [120]
-    assert again["log_prob"] == [row[:1] for row in saved["log_prob"]]
+    first = [row[:1] for row in saved["log_prob"]]
+    np.testing.assert_allclose(again["log_prob"], first, rtol=1e-6)  # padded to another length
     one, two = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("one", "two"))
     assert two.shape[1] > 1.3 * one.shape[1] and one.std() > 0.05
 

@@ -137,9 +137,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("mesh, settings, message", ERRORS)
 def test_errors(mesh, settings, message):
-    config = override(config_of(), "train.batch=4")
-    for setting in settings:
-        config = override(config, setting)
+    config = override(config_of(), "train.batch=4", *settings)
     with pytest.raises((ValueError, NotImplementedError), match=message):
         check_mesh(config, parse_mesh(mesh))
 

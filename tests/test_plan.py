@@ -34,10 +34,7 @@ ONE_EACH = ("--config=dsv3_671b", "--set=train.batch=1024")  # a sequence on eac
 
 
 def preset(name: str, *assignments: str) -> Config:
-    config = load_preset(name)
-    for assignment in assignments:
-        config = override(config, assignment)
-    return config
+    return override(load_preset(name), *assignments)
 
 
 @functools.cache
@@ -283,7 +280,7 @@ def test_chips():
     assert chips.chip_of("v5p:8x8x16") == (V5P, 1024, (8, 8, 16))
     assert chips.chip_of("tpu7x:8x8x8") == (chips.TPU7X, 1024, (8, 8, 8))
     assert chips.chip_of("h100:32x8") == (chips.H100, 256, (32, 8))
-    assert chips.override(V5P, "ici_bandwidth=9e10").ici_bandwidth == 9e10
+    assert override(V5P, "ici_bandwidth=9e10").ici_bandwidth == 9e10
 
 
 @pytest.mark.parametrize(

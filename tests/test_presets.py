@@ -99,8 +99,8 @@ def test_sizes_of_16b():
 def test_stages_of_context_extension():
     """Both take the weights of the run before; slow rotary pairs slow down as the length grows."""
     short, long = load_preset("tiny"), load_preset("tiny_long")
-    longer = override(override(long, "model.attention.yarn.factor=32"), "train.seq_len=4096")
-    longer = override(longer, "train.batch=1")
+    lengths = ("model.attention.yarn.factor=32", "train.seq_len=4096", "train.batch=1")
+    longer = override(long, *lengths)
     for config in (long, longer):
         assert our_shapes(config.model) == our_shapes(short.model)
         yarn = config.model.attention.yarn

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import IO
 
 from rich.console import Console
 
+from dsv3_jax.command_line import errors_told
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.cache import cached, is_whole
 
@@ -231,10 +231,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    try:
+    with errors_told():
         fetch(arguments.source, arguments.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     if arguments.source == "debian-docs":
         print(
             f"train on it with: python train.py --workdir=runs/{arguments.source} "

@@ -13,15 +13,14 @@ is hard to predict, which drowns the facts.
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from dsv3_jax.command_line import errors_told
 from dsv3_jax.data.source import documents
+from dsv3_jax.progress import bar
 
 # One token each in a vocabulary that was learned from such text, and so are the values.
 NAMES = """
@@ -135,18 +134,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    try:
+    with errors_told():
         lines = filler(arguments.filler)
         arguments.out.mkdir(parents=True, exist_ok=True)
         how = {name: getattr(arguments, name) for name in ("size", "names", "between")}
         texts = generate(lines, arguments.documents, arguments.seed, **how)
-        quiet = not Console().is_terminal
-        with (arguments.out / "needles.jsonl").open("w", encoding="utf-8") as file:
-            for text in track(texts, "writing", total=arguments.documents, disable=quiet):
+        path = arguments.out / "needles.jsonl"
+        with (
+            path.open("w", encoding="utf-8") as file,
+            bar("writing", arguments.documents) as advance,
+        ):
+            for text in texts:
                 file.write(json.dumps({"text": text}) + "\n")
-        print(f"wrote {arguments.out / 'needles.jsonl'}: {arguments.documents:,} documents")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+                advance(1)
+        print(f"wrote {path}: {arguments.documents:,} documents")
 
 
 if __name__ == "__main__":

@@ -23,20 +23,20 @@ Contexts longer than --max-length lose their beginning.
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+from dsv3_jax.command_line import add_model, errors_told
 from dsv3_jax.data import Prompts, load_prompts
 from dsv3_jax.data.source import documents
 from dsv3_jax.evaluation.own_tasks import WORDNET, write_own_tasks
 from dsv3_jax.evaluation.perplexity import perplexity
-from dsv3_jax.evaluation.report import bar, show
+from dsv3_jax.evaluation.report import show
 from dsv3_jax.evaluation.scorer import Scorer
 from dsv3_jax.inference.generator import Generator
-from dsv3_jax.weights.pretrained import DTYPES, load_model, start_mesh
+from dsv3_jax.progress import bar
+from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import GRAMMAR
 
 MULTIPLE = 128  # tokens that prompts of continuations are padded to
 
@@ -47,8 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model(parser)
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="folder with the weights and tokenizer.json")
     add("--data", action="append", default=[], help="text for perplexity; may be repeated")
     add("--text-field", default="text", help="of JSON lines (default: %(default)s)")
     add("--tasks", help="names of tasks, with commas between")
@@ -59,8 +59,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-length", type=int, help="most tokens to read (default: what it was trained for)")
     add("--bos", choices=("yes", "no"), help="begin prompts with bos (default: the folder's way)")
     add("--chat", action="store_true", help="put questions in the folder's chat template")
-    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    add("--mesh", help=f"{GRAMMAR} (default: one device)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     arguments = parser.parse_args()
     if not arguments.data and not arguments.tasks:
@@ -70,10 +68,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    try:
+    with errors_told():
         report = evaluate(arguments)
-    except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     print(json.dumps(report, indent=1)) if arguments.json else show(report)
 
 

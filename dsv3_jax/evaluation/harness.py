@@ -9,8 +9,9 @@ import json
 from dsv3_jax.data import Prompts
 from dsv3_jax.evaluation.completions import Completion, Ending, complete
 from dsv3_jax.evaluation.perplexity import prefix_id, windows
-from dsv3_jax.evaluation.scorer import Bar, Pair, Score, Scorer, no_bar
+from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.progress import Bar, no_bar
 
 try:
     from lm_eval.api.instance import Instance

@@ -14,48 +14,24 @@ the values. `--beside=EARLIER.json`, which may be repeated, draws earlier result
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
-import rich.console
-import rich.progress
-from flax import nnx
-from jax.sharding import Mesh
 
+from dsv3_jax.command_line import add_model, errors_told
 from dsv3_jax.data import Prompts, load_prompts
 from dsv3_jax.data.needles import FILLER, NAMES, VALUES, begun, fact, filler
-from dsv3_jax.layers.linear import specs
-from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.shapes import Array, Bool, Float32, Int
-from dsv3_jax.weights.pretrained import DTYPES, load_model, start_mesh
+from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
+from dsv3_jax.inference.generator import Generator
+from dsv3_jax.progress import bar
+from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import BATCH, GRAMMAR, placement, region, spec_of
-from sharding.rules import Layout
 
 LINES_PER_CALL = 32  # of the tokenizer
-
-
-class Rows(NamedTuple):
-    """Texts that end with an answer."""
-
-    tokens: Int[Array, "B T"]
-    n_answer: Int[Array, " B"]  # how many of the last tokens are the answer
-
-
-class Scores(NamedTuple):
-    """How a model does on texts."""
-
-    found: Bool[Array, " B"]  # every token of the answer is the likeliest
-    log_prob: Float32[Array, " B"]  # of the whole answer, in nats
-
-
-Score = Callable[[Rows], Scores]
+Scores = Callable[..., Sequence[Score]]  # of (pairs, advance): a `Scorer`, in tests a reader
 
 
 class Haystacks:
@@ -72,8 +48,8 @@ class Haystacks:
         self.encode = prompts.tokenizer.encode_batch
         self.begin = prompts.text("")  # bos, where the model expects it
 
-    def row(self, length: int, depth: float, trial: int) -> tuple[list[int], int]:
-        """A text of `length` tokens, and how many of the last ones are the answer.
+    def pair(self, length: int, depth: float, trial: int) -> Pair:
+        """A text up to the answer and the answer, `length` tokens together.
 
         Args:
             depth: share of the filler that stands before the needle, up to the end of a line.
@@ -98,7 +74,7 @@ class Haystacks:
             hay.insert(rng.integers(len(hay) + 1), other)
         ends = np.cumsum([0, *map(len, hay)])
         hay.insert(int(np.abs(ends - depth * ends[-1]).argmin()), needle)
-        return [*self.begin, *sum(hay, []), *question, *answer], len(answer)
+        return Pair((*self.begin, *sum(hay, []), *question), tuple(answer))
 
     def _hay(self, rng: np.random.Generator, n_tokens: int) -> list[list[int]]:
         """Consecutive lines from anywhere, as tokens; of the first one only the end, to fit."""
@@ -112,44 +88,6 @@ class Haystacks:
                 if not missing:
                     break
         return hay[::-1]
-
-
-def judged(logits: Float32[Array, "B A V"], rows: Rows) -> Scores:
-    """Scores by the logits that predict the last A tokens of the texts, which hold the answers."""
-    n_last = logits.shape[1]
-    target = rows.tokens[:, -n_last:]
-    answers = jnp.arange(n_last)[None, :] >= n_last - rows.n_answer[:, None]
-    log_probs = jax.nn.log_softmax(logits)
-    of_target = jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0]
-    right = logits.argmax(-1) == target
-    return Scores((right | ~answers).all(-1), jnp.where(answers, of_target, 0.0).sum(-1))
-
-
-def make_score(model: DeepSeekV3, mesh: Mesh, n_last: int) -> Score:
-    """Scores of texts by a model that lies on the mesh as `load_pretrained` puts it.
-
-    Args:
-        n_last: most tokens in an answer.
-    """
-    layout = Layout(mesh=spec_of(mesh), zero=0)
-    graphdef, state = nnx.split(model)
-    stored = specs(state, layout)
-
-    def shard(state, rows: Rows) -> Scores:
-        model = nnx.merge(graphdef, state)
-        hidden, _ = model.trunk(rows.tokens, layout)
-        return judged(model.logits(hidden[:, -1 - n_last : -1], layout), rows)
-
-    program = jax.jit(region(shard, mesh, (stored, BATCH), BATCH))
-
-    def score(rows: Rows) -> Scores:
-        n = len(rows.n_answer)
-        more = -n % layout.mesh.data  # rows again, so that they can be shared out evenly
-        rows = jax.tree.map(lambda x: np.concatenate([x, x[:1].repeat(more, 0)]), rows)
-        scores = program(state, jax.device_put(rows, placement(mesh, BATCH)))
-        return jax.tree.map(lambda x: np.asarray(x)[:n], scores)
-
-    return score
 
 
 class Grid(NamedTuple):
@@ -169,29 +107,20 @@ class Grid(NamedTuple):
 def measure(
     title: str,
     haystacks: Haystacks,
-    score: Score,
+    scores: Scores,
     lengths: Sequence[int],
     depths: Sequence[float],
     trials: int,
-    batch: int,
 ) -> Grid:
-    """The grid of all lengths and depths, `batch` texts at a time."""
+    """The grid of all lengths and depths."""
     columns = []
-    console = rich.console.Console(file=sys.stderr)
-    with rich.progress.Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("needles", total=sum(lengths) * len(depths) * trials)
+    with bar("tokens", sum(lengths) * len(depths) * trials) as advance:
         for length in lengths:
             cells = [(length, depth, trial) for depth in depths for trial in range(trials)]
-            scores = []
-            for start in range(0, len(cells), batch):
-                some = cells[start : start + batch]
-                some += [some[-1]] * (batch - len(some))  # one shape, one program
-                tokens, n_answer = zip(*(haystacks.row(*cell) for cell in some), strict=True)
-                scores.append(score(Rows(np.array(tokens, np.int32), np.array(n_answer, np.int32))))
-                bar.advance(task, length * batch)
-            joined = (np.concatenate(x)[: len(cells)] for x in zip(*scores, strict=True))
-            columns.append([x.reshape(len(depths), trials).mean(1) for x in joined])
-    found, log_prob = (np.stack(x, axis=1).tolist() for x in zip(*columns, strict=True))
+            pairs = [haystacks.pair(*cell) for cell in cells]
+            got = scores(pairs, lambda n, length=length: advance(n * length))
+            columns.append(np.reshape(got, (len(depths), trials, 2)).mean(1))
+    log_prob, found = np.stack(columns, axis=1).transpose(2, 0, 1).tolist()
     return Grid(title, list(lengths), list(depths), found, log_prob)
 
 
@@ -230,10 +159,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model(parser)
     add = parser.add_argument
     lengths = functools.partial(numbers, int, 1, float("inf"))
     depths = functools.partial(numbers, float, 0, 100)
-    add("--weights", type=Path, required=True, help="folder with the weights and tokenizer.json")
     add("--lengths", type=lengths, required=True, help="tokens of the texts, e.g. 128,256,512")
     add(
         "--depths",
@@ -246,8 +175,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--haystack", default="instant", help=f"{FILLER} (default: %(default)s)")
     add("--batch", type=int, default=8, help="texts at a time (default: %(default)s)")
     add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    add("--mesh", help=f"{GRAMMAR} (default: one device)")
     add("--title", help="over the picture (default: the folder's name)")
     add("--out", type=Path, default=Path("needle.png"), help="picture (default: %(default)s)")
     add("--beside", type=Path, action="append", default=[], help=".json of an earlier result")
@@ -256,30 +183,27 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    try:
+    with errors_told():
         for name in ("trials", "batch"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name}={getattr(arguments, name)} must be at least 1")
         earlier = [Grid(**json.loads(path.read_text())) for path in arguments.beside]
         mesh = start_mesh(arguments.mesh)
         model = load_model(open_weights(arguments.weights), arguments.dtype, mesh)
+        scorer = Scorer(Generator(model, mesh), max(arguments.lengths), arguments.batch)
         prompts = load_prompts(arguments.weights)
         lines = filler(arguments.haystack)
         haystacks = Haystacks(prompts, lines, arguments.others, arguments.seed)
-        n_last = max(len(ids) for ids in haystacks.encode([f" {value}" for value in VALUES]))
         grid = measure(
             arguments.title or arguments.weights.resolve().name,
             haystacks,
-            make_score(model, mesh, n_last),
+            scorer,
             arguments.lengths,
             [depth / 100 for depth in arguments.depths],
             arguments.trials,
-            arguments.batch,
         )
         draw([*earlier, grid], arguments.out)
         arguments.out.with_suffix(".json").write_text(json.dumps(grid._asdict(), indent=2) + "\n")
-    except (ValueError, KeyError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     print_table(grid)
     print(f"wrote {arguments.out} and {arguments.out.with_suffix('.json')}")
 

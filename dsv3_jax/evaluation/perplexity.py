@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 
 from dsv3_jax.data import Prompts
-from dsv3_jax.evaluation.scorer import Bar, Pair, Scorer, no_bar
+from dsv3_jax.evaluation.scorer import Pair, Scorer
+from dsv3_jax.progress import Bar, no_bar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,7 @@
-"""The numbers of an evaluation as tables for the terminal, and a bar while they are computed."""
-
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+"""The numbers of an evaluation as tables for the terminal."""
 
 import rich.box
 import rich.console
-import rich.progress
 import rich.table
 
 
@@ -45,21 +40,3 @@ def _table(header: list[str], words: int) -> rich.table.Table:
     for place, name in enumerate(header):
         table.add_column(name, justify="right" if place >= words else "left", overflow="fold")
     return table
-
-
-@contextlib.contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar with count, time gone and time left on stderr, on a terminal; else nothing."""
-    console = rich.console.Console(file=sys.stderr)
-    shown = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(bar_width=24),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with shown:
-        task = shown.add_task(what, total=total)
-        yield lambda n: shown.advance(task, n)

@@ -5,8 +5,7 @@ programs, however many lengths there are. The head comes past in pieces, so that
 places and the whole vocabulary never exist at once.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,12 +16,10 @@ from einops import rearrange
 from dsv3_jax.inference.decode import Served, read
 from dsv3_jax.inference.generator import Generator, check_request
 from dsv3_jax.losses import PIECE
+from dsv3_jax.progress import Advance
 from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
 from sharding.mesh import BATCH, MeshSpec, placement
 from sharding.vocabulary import n_pieces, walk
-
-Advance = Callable[[int], object]  # is told how many more pieces of work are done
-Bar = Callable[[str, int], contextlib.AbstractContextManager[Advance]]  # of (what, total)
 
 
 class Pair(NamedTuple):
@@ -107,12 +104,6 @@ class Scorer:
             scored = slice(len(row) - 1 - len(pair.continuation), len(row) - 1)
             scores.append(Score(float(logs[i, scored].sum()), bool(greedy[i, scored].all())))
         return scores
-
-
-@contextlib.contextmanager
-def no_bar(what: str, total: int) -> Iterator[Advance]:
-    """Work that is not shown."""
-    yield lambda n: None
 
 
 def padded(n: int, least: int, most: int) -> int:

@@ -16,17 +16,17 @@ the real program and knows better; its --json makes the report.json for --tunnel
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax import overrides
 from dsv3_jax.batch_size import BatchSizes, with_batch
-from dsv3_jax.chips import CHIPS, GIB, H800, Chip, chip_named, chip_of, override
+from dsv3_jax.chips import CHIPS, GIB, H800, Chip, chip_named, chip_of
+from dsv3_jax.command_line import add_settings, errors_told
 from dsv3_jax.config import Config
 from dsv3_jax.costs import activated_parameters, training_flops_per_token
 from dsv3_jax.fit import check_mesh
 from dsv3_jax.model import count_parameters
+from dsv3_jax.overrides import override
 from dsv3_jax.plan.memory import memory
 from dsv3_jax.plan.recipe import phases
 from dsv3_jax.plan.speed import EFFICIENCY, EXPOSED, speed
@@ -61,13 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=float, help="tokens to pay for (default: all of the preset's run)")
     add("--step-seconds", type=float, help="also bill a step that you measured")
     add("--tunnel", type=Path, metavar="REPORT", help="also bill the step that the tunnel predicts")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override a field of the config, e.g. train.batch=1024; may be repeated",
-    )
+    add_settings(parser)
     add("--json", action="store_true", help="print everything as one JSON object")
     return parser.parse_args()
 
@@ -85,9 +79,7 @@ def slice_of(arguments: argparse.Namespace, rows: int) -> tuple[Chip, int, tuple
             n_devices = min(rows & -rows, 1024)  # the power of 2 in them
         shape = shape_of(chip, n_devices)
     price = [f"dollars_per_hour={arguments.dollars_per_hour}"] * bool(arguments.dollars_per_hour)
-    for assignment in arguments.figure + price:
-        chip = override(chip, assignment)
-    return chip, n_devices, shape
+    return override(chip, *arguments.figure, *price), n_devices, shape
 
 
 def counts(config: Config) -> dict[str, float]:
@@ -245,8 +237,7 @@ def make_plan(arguments: argparse.Namespace) -> dict:
     config = load_preset(arguments.config)
     train = config.train
     tokens = arguments.tokens or BatchSizes.of(train).sequences(train.steps) * train.seq_len
-    for assignment in arguments.set:
-        config = overrides.override(config, assignment)
+    config = override(config, *arguments.set)
     asked, length = config.train.batch, config.train.seq_len
     chip, n_devices, shape = slice_of(arguments, asked * config.parallel.context)
     batch, found = ranking_that_fits(config, chip, n_devices, shape)
@@ -279,10 +270,8 @@ def make_plan(arguments: argparse.Namespace) -> dict:
 
 def main():
     arguments = parse_arguments()
-    try:
+    with errors_told():
         plan = make_plan(arguments)
-    except (ValueError, KeyError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     if arguments.json:
         print(json.dumps(plan))
     else:

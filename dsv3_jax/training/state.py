@@ -15,7 +15,7 @@ from dsv3_jax.layers.linear import specs
 from dsv3_jax.layers.moe import BalanceBias, Redundant
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.weights.pretrained import progress
+from dsv3_jax.progress import byte_bar
 from dsv3_jax.weights.sources import Source, filled
 from sharding.mesh import MeshSpec, placement
 from sharding.rules import Layout
@@ -102,7 +102,7 @@ def state_from(
 ) -> TrainState:
     """The state before the first step with the weights and balance biases of `source`."""
     wanted = flatten(abstract.params) | flatten(abstract.bias)
-    with progress(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
+    with byte_bar(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
         arrays = source.load(wanted, advance=advance)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 from configs import load_preset, preset_names
+from dsv3_jax.command_line import add_settings, errors_told
 from dsv3_jax.overrides import override
 from dsv3_jax.tunnel.run import Settings, run
 from sharding.mesh import GRAMMAR
@@ -55,21 +56,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="XLA_OPTION=VALUE",
         help="for the compiler, besides those of the chip; may be repeated",
     )
-    add(
-        "--set",
-        **repeated,
-        metavar="SECTION.FIELD=VALUE",
-        help="override a field of the config, e.g. train.batch=1024; may be repeated",
-    )
+    add_settings(parser)
     return parser.parse_args()
 
 
 def main():
     arguments = parse_arguments()
-    try:
-        config = load_preset(arguments.config)
-        for assignment in arguments.set:
-            config = override(config, assignment)
+    with errors_told():
+        config = override(load_preset(arguments.config), *arguments.set)
         settings = Settings(
             to_schedule=arguments.stop_at == "schedule",
             reuse=arguments.reuse,
@@ -80,8 +74,6 @@ def main():
             options=tuple(arguments.option),
         )
         status = run(config, arguments.mesh, arguments.topology, settings)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     sys.exit(status)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import rich.console
 
-from dsv3_jax.chips import override
 from dsv3_jax.config import Config
+from dsv3_jax.overrides import override
 from dsv3_jax.tunnel import tables, timeline
 from dsv3_jax.tunnel.compile import (
     Option,
@@ -49,8 +49,7 @@ def run(config: Config, mesh: str, topology: str, settings: Settings) -> int:
 def examine(config: Config, mesh: str, topology: str, settings: Settings) -> dict:
     """The report, with the paths of what it leaves behind."""
     target = target_of(config, mesh, topology)
-    for figure in settings.figures:
-        target = dataclasses.replace(target, chip=override(target.chip, figure))
+    target = dataclasses.replace(target, chip=override(target.chip, *settings.figures))
     options = dict(parse_option(option) for option in settings.options)
     if settings.reuse and settings.dump is None:
         raise ValueError("--reuse reads what an earlier run left in --dump=DIR; give that too")

@@ -18,6 +18,7 @@ import jax
 import rich.console
 import rich.table
 
+from dsv3_jax.command_line import errors_told
 from dsv3_jax.model import count_parameters
 from dsv3_jax.weights.convert import export_weights, import_weights, verify
 from dsv3_jax.weights.pretrained import start_mesh
@@ -62,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    try:
+    with errors_told():
         match arguments.command:
             case "inspect":
                 print_summary(open_weights(arguments.folder))
@@ -85,8 +86,6 @@ def main():
                 where = (arguments.folder, arguments.directory)
                 export_weights(*where, arguments.dtype, arguments.scales, shard_bytes)
                 print(f"wrote {arguments.directory}")
-    except (ValueError, KeyError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
 
 
 def print_summary(source: Source):

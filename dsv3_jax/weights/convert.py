@@ -22,9 +22,10 @@ from dsv3_jax.hf_weights import SCALE, copies_in_mtp, to_official
 from dsv3_jax.numerics.blockscale import BLOCK, Scaled, dequantize
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.overrides import to_dict
+from dsv3_jax.progress import byte_bar
 from dsv3_jax.weights.files import Folder
 from dsv3_jax.weights.load import read_scale
-from dsv3_jax.weights.pretrained import mesh_of, progress
+from dsv3_jax.weights.pretrained import mesh_of
 from dsv3_jax.weights.save import (
     FORMATS,
     SHARD_BYTES,
@@ -68,7 +69,7 @@ def import_weights(
     wanted = wanted_arrays(official.config, policy, mesh, layout)
     with (
         contextlib.closing(Checkpoints(directory / "parts", keep=None)) as checkpoints,
-        progress(f"importing {source}", official.n_bytes(wanted)) as advance,
+        byte_bar(f"importing {source}", official.n_bytes(wanted)) as advance,
     ):
         done = checkpoints.steps()
         for step, part in enumerate(parts(official.config)):
@@ -130,7 +131,7 @@ def export_weights(
         scales = scales or weights.directory
     known = None if scales is None else Folder(scales)
     n_bytes = weights.n_bytes(wanted_on_the_host(weights))
-    with progress(f"exporting {source}", n_bytes) as advance:
+    with byte_bar(f"exporting {source}", n_bytes) as advance:
         write_official(weights, directory, dtype, known, shard_bytes, advance)
 
 
@@ -154,7 +155,7 @@ def verify(checkpoint: str | Path, source: str | Path) -> Comparison:
     for copy, name in copies_in_mtp(ours.config).items():
         copies[name] += [copy] * (copy in official.folder)
     same: dict[str, bool] = {}
-    with progress(f"verifying {checkpoint}", ours.n_bytes(wanted)) as advance:
+    with byte_bar(f"verifying {checkpoint}", ours.n_bytes(wanted)) as advance:
         for part in parts(ours.config):
             arrays = ours.load(wanted_part(wanted, part), part.layer, advance)
             for name, value in to_official(arrays, ours.config, part.layer).items():

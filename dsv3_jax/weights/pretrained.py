@@ -1,22 +1,18 @@
 """`load_pretrained`: a folder with weights -> a model on a mesh."""
 
-import contextlib
 import dataclasses
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import rich.console
-import rich.progress
 from jax.sharding import Mesh
 
+from dsv3_jax.command_line import DTYPES
 from dsv3_jax.fit import check_model_mesh
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.progress import byte_bar
 from dsv3_jax.weights.sources import (
-    Advance,
     Official,
     Source,
     as_model,
@@ -25,9 +21,6 @@ from dsv3_jax.weights.sources import (
 )
 from sharding.mesh import MeshSpec, make_mesh, parse_mesh, spec_of, start_devices
 from sharding.rules import Layout
-
-DTYPES = ("float32", "bfloat16", "fp8")
-QUIET_BELOW = 2**30  # bytes that are read without a progress bar
 
 
 def load_pretrained(
@@ -74,7 +67,7 @@ def load_model(source: Source, dtype: str, mesh: str | Mesh | None) -> DeepSeekV
                 "none; use dtype='bfloat16'"
             )
         scales = source.scales(mesh, layout)
-    with progress(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
+    with byte_bar(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
         arrays = source.load(wanted, advance=advance)
     return as_model(source.config, policy, arrays, scales)
 
@@ -91,21 +84,3 @@ def mesh_of(mesh: str | Mesh | None) -> Mesh:
 def start_mesh(text: str | None) -> Mesh:
     """The mesh that a command line names, with virtual CPU devices as in train.py; none: one."""
     return mesh_of(None if text is None else make_mesh(start_devices(text)))
-
-
-@contextlib.contextmanager
-def progress(what: str, n_bytes: int) -> Iterator[Advance]:
-    """A bar with bytes, speed and time left on stderr, for long work; else nothing."""
-    console = rich.console.Console(file=sys.stderr)
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(bar_width=24),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=n_bytes < QUIET_BELOW or not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(what, total=n_bytes)
-        yield lambda n: bar.advance(task, n)

@@ -13,10 +13,10 @@ from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, fp8_names, to_offici
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.numerics.blockscale import BLOCK, Scaled, requantize
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.progress import Advance
 from dsv3_jax.shapes import Array, Float, Float32
 from dsv3_jax.weights.files import Folder
 from dsv3_jax.weights.sources import (
-    Advance,
     InMemory,
     Source,
     Wanted,

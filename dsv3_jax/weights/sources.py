@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -30,6 +29,7 @@ from dsv3_jax.numerics.blockscale import BLOCK, E4M3, Scaled
 from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.overrides import from_dict
+from dsv3_jax.progress import Advance
 from dsv3_jax.weights.files import Folder
 from dsv3_jax.weights.load import bytes_to_read, load_arrays, load_scales
 from sharding.mesh import placement
@@ -37,7 +37,6 @@ from sharding.rules import Layout
 
 Wanted = dict[str, jax.ShapeDtypeStruct]  # dotted path of a parameter -> shape, dtype, sharding
 Arrays = dict[str, jax.Array]
-Advance = Callable[[int], object]  # is told how many more bytes are done
 STACKS = ("dense", "moe", "mtp")
 
 

@@ -73,9 +73,8 @@ def main(folder: Path, runs: dict[str, dict]):
     loop.data.Loader, loop.process_began = SlowLoader, time.time
     spec, measured = start_devices("dp2,ep2"), {}
     for name, faults in runs.items():
-        config = load_preset("tiny")
-        for setting in settings(folder / name, *faults.get("settings", [])):
-            config = override(config, setting)
+        more = faults.get("settings", [])
+        config = override(load_preset("tiny"), *settings(folder / name, *more))
         FaultyRun.faults, SlowLoader.wait, SlowLoader.waited = faults, faults.get("wait", 0.0), 0.0
         begin, error = time.perf_counter(), ""
         try:

@@ -24,10 +24,8 @@ from dsv3_jax.training.step import loss_and_gradients
 @functools.cache
 def config_with(n_layers: int, n_rows: int, *settings: str) -> Config:
     """`small_step`'s model with so many layers, one of them dense, and so many sequences."""
-    config = config_of()
-    for setting in (f"model.n_layers={n_layers}", f"train.batch={n_rows}", *settings):
-        config = override(config, setting)
-    return config
+    sizes = (f"model.n_layers={n_layers}", f"train.batch={n_rows}")
+    return override(config_of(), *sizes, *settings)
 
 
 @functools.cache
