@@ -15,6 +15,8 @@ FLOORS = {
     "dsv3_jax.shapes": 1,
     "dsv3_jax.config": 1,
     "dsv3_jax.overrides": 1,
+    "dsv3_jax.command_line": 1,
+    "dsv3_jax.progress": 1,
     "dsv3_jax.chips": 2,
     "dsv3_jax.batch_size": 2,
     "dsv3_jax.numerics": 2,
