@@ -1,4 +1,4 @@
-"""The report's whole recipe (sec. 4.2) at one 592,000th of its tokens, on 27M tokens of English.
+"""The report's whole recipe (sec. 4.2) at one 592,000th of its tokens, on 33M tokens of English.
 
 python -m dsv3_jax.data.fetch debian-docs
 python train.py --config=tiny_recipe --mesh=dp1 --set data.source=runs/data/debian-docs

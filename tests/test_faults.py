@@ -154,8 +154,8 @@ def test_one_of_two_processes_is_killed(tmp_path, programs):
     before = sum(ledger[1]["seconds"].get(kind, 0.0) for kind in ("start", "restore", "compile"))
     assert ledger[1]["begin"] + before - killed < 60
     assert goodput(both).starts == 2 and 1.0 < goodput(both).seconds["down"] < 60  # the back-off
-    again = command(both, 40, *all_experts)
-    again = subprocess.run(again, check=True, capture_output=True, text=True)
+    alone_now = command(both, 40, *all_experts)
+    again = subprocess.run(alone_now, check=True, capture_output=True, text=True)
     assert f"resuming at step {ledger[1]['last']}" in again.stdout
     want, got = rows_of(alone), rows_of(both)
     assert list(got) == list(want) == list(range(1, 41))
