@@ -21,9 +21,9 @@ from pathlib import Path
 import jax
 
 from configs import load_preset, preset_names
-from dsv3_jax.command_line import add_settings, message
+from dsv3_jax.cli import add_settings, message
 from dsv3_jax.config import Config
-from dsv3_jax.overrides import override
+from dsv3_jax.config_cli import override
 from dsv3_jax.training.host import with_huge_pages
 from sharding.mesh import GRAMMAR, start_devices
 
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compile-only",
         metavar="TOPOLOGY",
-        help="train nothing; compile for a topology and report (python -m dsv3_jax.tunnel --help)",
+        help="train nothing; compile for a topology and report (python -m dsv3_jax.aot --help)",
     )
     return parser.parse_args()
 
@@ -104,7 +104,7 @@ def join(arguments: argparse.Namespace) -> int:
 
 def launch(arguments: argparse.Namespace, workdir: Path) -> int:
     """The same command in processes of its own."""
-    from dsv3_jax.training.launch import run
+    from dsv3_jax.training.supervisor import run
 
     command = [sys.executable, *sys.argv, "--processes=1", "--no-supervise"]
     return run(command, arguments.processes, arguments.supervise, workdir)
@@ -116,13 +116,13 @@ def main():
         config = make_config(arguments)
         workdir = arguments.workdir or Path("runs") / config.name
         if arguments.compile_only:
-            from dsv3_jax.tunnel.run import Settings, run
+            from dsv3_jax.aot.run import Settings, run
 
             sys.exit(run(config, arguments.mesh, arguments.compile_only, Settings()))
         if arguments.processes > 1 or arguments.supervise:
             sys.exit(launch(arguments, workdir))
         mesh = start_devices(arguments.mesh, join(arguments))
-        from dsv3_jax.training.loop import train
+        from dsv3_jax.training.run import train
 
         train(config, mesh, workdir)
     except REFUSED as error:

@@ -22,9 +22,9 @@ from rich.table import Table
 from train_step import CONFIG
 
 from dsv3_jax import save_pretrained
-from dsv3_jax.inference.generator import Generator
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.serving.generator import Generator
 from dsv3_jax.training.host import with_huge_pages
 from sharding.mesh import MeshSpec, make_mesh
 

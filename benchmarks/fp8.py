@@ -36,13 +36,13 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import load_preset
-from dsv3_jax.numerics.blockscale import BLOCK, TILE, Scaled, dequantize, quantize
+from dsv3_jax.aot import hlo
+from dsv3_jax.aot.compile import ENVIRONMENT, compile_step, target_of
+from dsv3_jax.aot.report import walk_of
+from dsv3_jax.config_cli import override
 from dsv3_jax.numerics.kernels import fp8_tpu
-from dsv3_jax.overrides import override
+from dsv3_jax.numerics.quantize import BLOCK, TILE, Scaled, dequantize, quantize
 from dsv3_jax.training.plots import smoothed
-from dsv3_jax.tunnel import hlo
-from dsv3_jax.tunnel.compile import ENVIRONMENT, compile_step, target_of
-from dsv3_jax.tunnel.report import walk_of
 from sharding.mesh import parse_mesh
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,9 +27,9 @@ from rich.table import Table
 
 from configs import load_preset
 from dsv3_jax.config import MoEConfig
-from dsv3_jax.layers import moe as moe_layer
+from dsv3_jax.model import moe as moe_layer
 from dsv3_jax.training.host import with_huge_pages
-from sharding.rules import Layout
+from sharding.layout import Layout
 
 TOP_K, WIDTH, HIDDEN = 4, 512, 512
 

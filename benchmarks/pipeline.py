@@ -22,7 +22,7 @@ from rich.table import Table
 
 from sharding import pipeline
 from sharding.mesh import REPLICATED, make_mesh, parse_mesh, region
-from sharding.schedule import NAMES, Costs, bubble, make, makespan, nearest_micro
+from sharding.schedules import NAMES, Costs, bubble, make, makespan, nearest_micro
 from sharding.ticks import lockstep, table_of
 
 

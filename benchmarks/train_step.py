@@ -28,12 +28,12 @@ from dsv3_jax.config import (
     PrecisionConfig,
     TrainConfig,
 )
-from dsv3_jax.costs import training_flops_per_token
+from dsv3_jax.flops import training_flops_per_token
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.training.host import with_huge_pages
-from dsv3_jax.training.metrics import matmul_peak
+from dsv3_jax.training.reporting import matmul_peak
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
 from dsv3_jax.training.step import make_step
 from sharding.mesh import MeshSpec, make_mesh

@@ -29,8 +29,8 @@ from rich.table import Table
 
 from configs import load_preset
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.hf_config import official_config
-from dsv3_jax.hf_weights import BIAS, SCALE, fp8_names, official_shapes
+from dsv3_jax.weights.hf_config import official_config
+from dsv3_jax.weights.hf_names import BIAS, SCALE, fp8_names, official_shapes
 from dsv3_jax.weights.writer import Writer
 
 SHARD_BYTES = 400 * 10**6

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 from dsv3_jax.config import Config
-from dsv3_jax.overrides import nearest
+from dsv3_jax.config_cli import nearest
 
 
 def preset_names() -> list[str]:

@@ -11,7 +11,7 @@ python train.py --config=dsv3_671b_long --mesh=pp8,dp2,ep64 --workdir=runs/128k 
 
 A sequence lies over 8 and 32 ranks, 4,096 tokens on each, as in pre-training. Whether that fits:
 
-python -m dsv3_jax.tunnel --config=dsv3_671b_long --mesh=pp8,dp2,ep64 --topology=v5p:8x8x16 \
+python -m dsv3_jax.aot --config=dsv3_671b_long --mesh=pp8,dp2,ep64 --topology=v5p:8x8x16 \
     --stop-at=schedule
 """
 

@@ -1,6 +1,6 @@
 """The report's whole recipe (sec. 4.2) at one 592,000th of its tokens, on 33M tokens of English.
 
-python -m dsv3_jax.data.fetch debian-docs
+python -m tools.fetch_text debian-docs
 python train.py --config=tiny_recipe --mesh=dp1 --set data.source=runs/data/debian-docs
 """
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from sharding.schedule import NAMES
+from sharding.schedules import NAMES
 
 
 def _check_positive(config, section: str, *names: str):
@@ -269,8 +269,8 @@ class ParallelConfig:
 class PipelineConfig:
     """How micro-batches pass through pipeline stages, on meshes with `pp` (report sec. 3.2.1).
 
-    `schedule` is one of those in sharding/schedule.py, or "auto": of dualpipe and dualpipev the one
-    that is faster on paper, zb1p where there are too few micro-batches or layers for them. A
+    `schedule` is one of those in sharding/schedules.py, or "auto": of dualpipe and dualpipev the
+    one that is faster on paper, zb1p where there are too few micro-batches or layers for them. A
     micro-batch has `micro_batch` sequences of each device. Of at most `late` micro-batches a rank
     keeps, between X and W, inputs and gradients of all products, which is much; None: of as many as
     the schedule has.

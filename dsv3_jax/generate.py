@@ -9,10 +9,10 @@ Text streams as it comes. Several prompts run as one batch and are printed one a
 
 import argparse
 
-from dsv3_jax.command_line import add_model, errors_told
+from dsv3_jax.cli import add_model, errors_told
 from dsv3_jax.data import Prompts, TextStream, load_prompts
-from dsv3_jax.inference.generator import Generator, check_request
-from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.serving.generator import Generator, check_request
+from dsv3_jax.serving.sampling import Sampling
 from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
 

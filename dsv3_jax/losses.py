@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from dsv3_jax.config import LossConfig
-from dsv3_jax.layers.moe import RouterStats
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.deepseek import DeepSeekV3
+from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
-from sharding.context import places
+from sharding.context_parallel import places
+from sharding.layout import Layout
 from sharding.mesh import MeshSpec, data_sum
-from sharding.rules import Layout
-from sharding.vocabulary import n_pieces, walk
+from sharding.vocab_parallel import n_pieces, walk
 
 PIECE = 8192  # most rows of the head that a device holds at a time
 

@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sharding.schedule import NAMES, Costs, bubble, bubble_formula, make, makespan, nearest_micro
+from sharding.schedules import NAMES, Costs, bubble, bubble_formula, make, makespan, nearest_micro
 from sharding.ticks import Table, lockstep, peak_kept, table_of
 
 COLOURS = {"F": "#2563a8", "FB": "#7b4fa3", "B": "#d9822b", "X": "#e8b25c", "W": "#4f9d69"}

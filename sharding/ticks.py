@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sharding.schedule import Costs, Schedule, Slot, Stages
+from sharding.schedules import Costs, Schedule, Slot, Stages
 
 # Of F, B and W: whether there is one, chunk, micro-batch, and places: where the input waits, where
 # is kept what the backward needs, and what W needs. B has `b_split` if it is an X; `first` and

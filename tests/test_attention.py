@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from reference.cases import assert_close
 
-from dsv3_jax.layers import attention
+from dsv3_jax.numerics import attention
 
 N_ROWS, N_HEADS, LENGTH, KEY_DIM, VALUE_DIM, SCALE = 2, 3, 11, 7, 5, 0.3
 OWN = np.arange(LENGTH, dtype=np.int32)[None, :]

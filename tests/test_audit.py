@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference.small_step import config_of, parameters, placed
 
-from dsv3_jax.layers.linear import specs
+from dsv3_jax.params import specs
 from dsv3_jax.training.audit import Copies, paces, slow_devices
 from sharding.mesh import placement
 

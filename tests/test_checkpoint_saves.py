@@ -17,7 +17,7 @@ from reference.saver import save_forever
 from reference.states import EXTRA, abstract, same_bits, saved
 
 from dsv3_jax.checkpoint import Checkpoints, SaveFailed
-from dsv3_jax.checkpoint import checkpoints as module
+from dsv3_jax.checkpoint import manager as module
 
 ROOT = Path(__file__).parent.parent
 PATHS = f"{ROOT}:{ROOT / 'tests'}"

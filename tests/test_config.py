@@ -20,8 +20,8 @@ from dsv3_jax.config import (
     TrainConfig,
     YarnConfig,
 )
-from dsv3_jax.fit import check_mesh
-from dsv3_jax.overrides import differences, nearest, override, to_dict
+from dsv3_jax.config_cli import differences, nearest, override, to_dict
+from dsv3_jax.mesh_checks import check_mesh
 from sharding.mesh import parse_mesh
 
 

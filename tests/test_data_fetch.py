@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.data.cache import RECORD, is_whole
-from dsv3_jax.data.fetch import fetch, main
-from dsv3_jax.data.source import documents
+from dsv3_jax.data.text import documents
+from tools.fetch_text import fetch, main
 
 pytestmark = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="makes .deb files")
 

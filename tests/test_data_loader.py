@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.data import Loader, PackedRows, eval_batches
+from dsv3_jax.schedules import BatchSizes
 
 ROWS = PackedRows(np.arange(1000, dtype=np.uint16), seq_len=13, extra=2)  # 76 rows
 SMALL = PackedRows(np.arange(90, dtype=np.uint16), seq_len=8, extra=2)  # 11 rows

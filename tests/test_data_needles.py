@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data import needles
-from dsv3_jax.data.source import documents
+from dsv3_jax.data.text import documents
 
 FACT = re.compile(r"Remember (\w+) (\d+)\.")
 LINES = [f"line {n} of a text that nobody reads" for n in range(500)]

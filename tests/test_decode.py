@@ -27,11 +27,11 @@ from reference.cases import (
 )
 
 from configs import load_preset
-from dsv3_jax.inference.decode import Cache, Served, extend, prefill
-from dsv3_jax.layers.mla import MLA
-from dsv3_jax.model import DeepSeekV3, abstract_model
+from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
+from dsv3_jax.model.mla import MLA
 from dsv3_jax.numerics.policy import Policy
-from sharding.rules import ONE_DEVICE, Layout
+from dsv3_jax.serving.decode import Cache, Served, extend, prefill
+from sharding.layout import ONE_DEVICE, Layout
 
 N_ROWS, WIDTH, PREFIX = 3, 9, 4
 SIZE = WIDTH  # of the cache: the last token takes the last place

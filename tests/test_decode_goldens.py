@@ -25,8 +25,8 @@ from reference.goldens import (
     model_of,
 )
 
-from dsv3_jax.inference.decode import Cache, Served, extend, prefill
-from sharding.rules import Layout
+from dsv3_jax.serving.decode import Cache, Served, extend, prefill
+from sharding.layout import Layout
 
 QUICK = ("A3_noqlora_noscale",)  # the others are much like C1
 GREEDY = [

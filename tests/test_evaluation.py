@@ -16,7 +16,7 @@ from reference.evaluation import CHECKPOINT, GOLDENS, RUNS, golden, prompts, sco
 from dsv3_jax.evaluation import __main__ as command
 from dsv3_jax.evaluation import scorer as scorer_module
 from dsv3_jax.evaluation.completions import Ending, complete
-from dsv3_jax.evaluation.own_tasks import CATEGORIES, PER_CATEGORY, wordnet_questions
+from dsv3_jax.evaluation.local_tasks import CATEGORIES, PER_CATEGORY, wordnet_questions
 from dsv3_jax.evaluation.perplexity import perplexity, prefix_id, windows
 from dsv3_jax.evaluation.scorer import Pair, Scorer, padded, token_scores
 from sharding.mesh import MeshSpec

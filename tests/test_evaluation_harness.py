@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noq
 
 from dsv3_jax.evaluation import __main__ as command  # noqa: E402
 from dsv3_jax.evaluation.harness import HarnessModel, request_of  # noqa: E402
-from dsv3_jax.evaluation.own_tasks import mmlu_questions, write_own_tasks  # noqa: E402
+from dsv3_jax.evaluation.local_tasks import mmlu_questions, write_own_tasks  # noqa: E402
 from dsv3_jax.evaluation.perplexity import windows  # noqa: E402
 from dsv3_jax.evaluation.run_tasks import find_tasks, run_tasks  # noqa: E402
 

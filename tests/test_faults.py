@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reference.train_command import ROOT, command, rows_of
 
-from dsv3_jax.training.ledger import goodput
+from dsv3_jax.training.goodput import goodput
 
 HERE = Path(__file__).parent
 

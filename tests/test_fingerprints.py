@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from reference.states import mesh_of, placed
 
-from dsv3_jax.checkpoint.fingerprints import fingerprints
+from dsv3_jax.checkpoint.integrity import fingerprints
 
 
 @pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (1, 8), (1, 1)])

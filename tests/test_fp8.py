@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from reference import fp8 as reference
 
-from dsv3_jax.numerics.blockscale import BLOCK, Scaled, quantize
 from dsv3_jax.numerics.fp8 import Fp8Weight, Keep, Slot, fp8_gated_product, fp8_product
+from dsv3_jax.numerics.quantize import BLOCK, Scaled, quantize
 
 # Codes are the same but where a float32 division lies on the other side of a tie; products are
 # summed in float32, the twin's in float64.

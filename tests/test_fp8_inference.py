@@ -13,16 +13,16 @@ from reference import fp8 as reference
 from reference.goldens import GOLDENS, golden, model_of
 
 from dsv3_jax import load_pretrained
-from dsv3_jax.inference.decode import Served, extend, prefill
-from dsv3_jax.inference.generator import Generator
-from dsv3_jax.numerics.blockscale import dequantize
 from dsv3_jax.numerics.fp8 import Fp8Weight
-from dsv3_jax.numerics.products import weight_itself
-from dsv3_jax.weights.files import Folder
+from dsv3_jax.numerics.matmul import weight_itself
+from dsv3_jax.numerics.quantize import dequantize
+from dsv3_jax.serving.decode import Served, extend, prefill
+from dsv3_jax.serving.generator import Generator
 from dsv3_jax.weights.pretrained import mesh_of
+from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import open_weights
+from sharding.layout import Layout
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.rules import Layout
 
 CASE = "C2_official_fp8"
 # As users' programs are compiled: a float32 sum in another order moves a code now and then, and

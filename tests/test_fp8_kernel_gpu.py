@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.numerics.blockscale import BLOCK, TILE, Scaled, dequantize, quantize
+from dsv3_jax.aot import gpu
 from dsv3_jax.numerics.kernels.fp8_gpu import grouped_scaled_matmul, scaled_matmul
-from dsv3_jax.tunnel import gpu
+from dsv3_jax.numerics.quantize import BLOCK, TILE, Scaled, dequantize, quantize
 
 CASES = {
     "uneven": (300, [130, 1, 159, 10]),

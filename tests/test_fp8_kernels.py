@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from reference.grouped import assert_close
 
-from dsv3_jax.numerics.blockscale import BLOCK, TILE, Scaled, dequantize, quantize
-from dsv3_jax.numerics.kernels.fp8_outer_tpu import grouped_scaled_outer, scaled_outer
+from dsv3_jax.aot.compile import ENVIRONMENT
 from dsv3_jax.numerics.kernels.fp8_tpu import grouped_scaled_matmul, scaled_matmul, visits_of
+from dsv3_jax.numerics.kernels.fp8_wgrad_tpu import grouped_scaled_outer, scaled_outer
 from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_tiles
-from dsv3_jax.tunnel.compile import ENVIRONMENT
+from dsv3_jax.numerics.quantize import BLOCK, TILE, Scaled, dequantize, quantize
 
 COLUMN = (128, 1)
 EXACT = 1e-5  # of the largest value: both sum in float32 or wider

@@ -19,21 +19,21 @@ from reference import fp8 as reference
 from reference import small_step
 
 from configs import load_preset
-from dsv3_jax.chips import multiplies_fp8
 from dsv3_jax.config import Config
-from dsv3_jax.hf_weights import flatten
-from dsv3_jax.layers.block import MoEBlock
-from dsv3_jax.layers.ffn import SwiGLU
-from dsv3_jax.layers.linear import assemble, in_fp8, no_counts, of_parameters, specs
-from dsv3_jax.layers.stack import scan
-from dsv3_jax.numerics.blockscale import BLOCK, quantize
+from dsv3_jax.config_cli import override
+from dsv3_jax.hardware import multiplies_fp8
+from dsv3_jax.layer_scan import scan
+from dsv3_jax.model.block import MoEBlock
+from dsv3_jax.model.ffn import SwiGLU
 from dsv3_jax.numerics.fp8 import Counts, Fp8Weight
-from dsv3_jax.overrides import override
+from dsv3_jax.numerics.quantize import BLOCK, quantize
+from dsv3_jax.params import assemble, in_fp8, no_counts, of_parameters, specs
 from dsv3_jax.training.fp8_stats import CLASSES, make_fp8_stats, shares
 from dsv3_jax.training.plots import plot_fp8
 from dsv3_jax.training.step import loss_and_gradients
+from dsv3_jax.weights.hf_names import flatten
+from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
-from sharding.rules import Layout
 
 WIDTH, HIDDEN = 136, 200  # a whole block and a part of one
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

@@ -14,10 +14,10 @@ from reference.train_command import ROOT, command
 
 from dsv3_jax import generate, save_pretrained
 from dsv3_jax.data import Prompts, Tokenizer, train_bpe
-from dsv3_jax.inference.generator import Generator, Step
-from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.serving.generator import Generator, Step
+from dsv3_jax.serving.sampling import Sampling
 
 PROMPTS = ["The list of", "A"]
 N_NEW = 5

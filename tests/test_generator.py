@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding
 from reference.cases import CONFIG, build
 from reference.compilations import compilations
 
-from dsv3_jax.inference.generator import ROOM, Generator
-from dsv3_jax.inference.sampling import GREEDY, Sampling
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.serving.generator import ROOM, Generator
+from dsv3_jax.serving.sampling import GREEDY, Sampling
 from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.sources import InMemory
 from sharding.mesh import make_mesh, parse_mesh

@@ -24,12 +24,12 @@ from reference.goldens import (
 )
 
 from dsv3_jax.config import LossConfig, MoEConfig
-from dsv3_jax.hf_config import read_config
-from dsv3_jax.hf_weights import flatten, to_official
-from dsv3_jax.layers.rope import frequencies, softmax_scale
-from dsv3_jax.layers.router import choose_experts
 from dsv3_jax.losses import Batch, training_loss
-from sharding.rules import Layout
+from dsv3_jax.model.rope import frequencies, softmax_scale
+from dsv3_jax.model.router import choose_experts
+from dsv3_jax.weights.hf_config import read_config
+from dsv3_jax.weights.hf_names import flatten, to_official
+from sharding.layout import Layout
 
 ROUTERS = ["v3_like", "small", "neg_bias", "nonorm_1group", "wide_logits"]
 LARGE = ("A2_yarn", "A5_proportional", "A6_sharded_bf16")  # longer, and more experts

@@ -13,8 +13,8 @@ from flax import nnx
 from reference.goldens import CASES, assert_close, golden, model_of
 
 from dsv3_jax.losses import cross_entropy
+from sharding.layout import Layout
 from sharding.mesh import MeshSpec
-from sharding.rules import Layout
 
 PADDED = [(case, 2e-4) for case in CASES] + [("B1_fp8", 3e-4)]
 

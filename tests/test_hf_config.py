@@ -16,7 +16,7 @@ from reference.official_config import (
     without,
 )
 
-from dsv3_jax.hf_config import KNOWN, model_config, official_config, read_config
+from dsv3_jax.weights.hf_config import KNOWN, model_config, official_config, read_config
 
 GOLDENS = sorted(path.parent for path in Path(__file__).parent.glob("goldens/*/config.json"))
 FP8 = {

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from reference.official_config import CONFIG, FIELDS, PLAIN, read, with_yarn, without
 
-from dsv3_jax.hf_config import model_config
+from dsv3_jax.weights.hf_config import model_config
 
 ROPE_5 = {"rope_theta": 50_000.0, "rope_type": "yarn"} | FIELDS["rope_scaling"]
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from configs import load_preset
 from dsv3_jax.config import Config
-from dsv3_jax.fit import check_mesh
+from dsv3_jax.mesh_checks import check_mesh
 from sharding.mesh import (
     AXES,
     BATCH,

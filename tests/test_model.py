@@ -21,11 +21,11 @@ from reference.cases import (
 )
 
 from dsv3_jax.config import LossConfig
-from dsv3_jax.hf_weights import flatten
 from dsv3_jax.losses import Batch, training_loss
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from sharding.rules import Layout
+from dsv3_jax.weights.hf_names import flatten
+from sharding.layout import Layout
 
 DEPTH = CONFIG.mtp_depth
 N_TOKENS = LENGTH + DEPTH  # that the model reads; one more is a target only

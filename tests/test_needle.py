@@ -17,7 +17,7 @@ from dsv3_jax.data import Prompts, Tokenizer, train_bpe
 from dsv3_jax.data.needles import NAMES, filler, generate
 from dsv3_jax.evaluation import needle
 from dsv3_jax.evaluation.scorer import Pair, Score
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 
 LINES = [f"line {n} of a text" + " that nobody reads" * (n % 5) for n in range(300)]

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from configs import load_preset
-from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.config import LossConfig, OptimizerConfig
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import (
@@ -19,6 +18,7 @@ from dsv3_jax.optimizer import (
     mtp_weight,
     stored_as,
 )
+from dsv3_jax.schedules import BatchSizes
 
 BF16 = Policy(moments=jnp.dtype("bfloat16"))
 

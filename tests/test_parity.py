@@ -17,7 +17,7 @@ from reference.official_weights import dequantized, our_arrays, raw
 from reference.tensor_files import assert_same
 
 from dsv3_jax import load_pretrained, save_pretrained
-from dsv3_jax.hf_weights import flatten
+from dsv3_jax.weights.hf_names import flatten
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

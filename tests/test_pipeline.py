@@ -12,10 +12,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.tunnel import hlo, pipeline
+from dsv3_jax.aot import hlo, pipeline
 from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
 from sharding.pipeline import Parts, layers_of, run, turns
-from sharding.schedule import NAMES, make
+from sharding.schedules import NAMES, make
 from sharding.ticks import table_of
 
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}

@@ -10,11 +10,11 @@ import pytest
 from reference.small_step import config_of
 from reference.stages import batch_of, config_with, parameters, plain, run
 
-from dsv3_jax.fit import check_mesh
-from dsv3_jax.layers.linear import specs
+from dsv3_jax.config_cli import override
 from dsv3_jax.losses import Batch
-from dsv3_jax.overrides import override
-from dsv3_jax.stages import pipeline_of, stage_sizes
+from dsv3_jax.mesh_checks import check_mesh
+from dsv3_jax.params import specs
+from dsv3_jax.pipeline_plan import pipeline_of, stage_sizes
 from dsv3_jax.training.state import layout_of
 from sharding.mesh import parse_mesh
 

@@ -16,20 +16,20 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import load_preset
-from dsv3_jax import chips
+from dsv3_jax import hardware
+from dsv3_jax.aot.links import Hosts, Torus, links_of, shape_of
 from dsv3_jax.config import Config
+from dsv3_jax.config_cli import override
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.overrides import override
 from dsv3_jax.plan import __main__ as plan
 from dsv3_jax.plan.memory import memory
 from dsv3_jax.plan.speed import context_bytes, exchange_bytes, flops_per_token, speed
-from dsv3_jax.training.metrics import BF16_PEAK
+from dsv3_jax.training.reporting import BF16_PEAK
 from dsv3_jax.training.state import abstract_state, layout_of
-from dsv3_jax.tunnel.links import Hosts, Torus, links_of, shape_of
 from sharding.mesh import AXES, MeshSpec, parse_mesh
 
-V5P = chips.V5P
+V5P = hardware.V5P
 ONE_EACH = ("--config=dsv3_671b", "--set=train.batch=1024")  # a sequence on each of 1,024 devices
 
 
@@ -162,30 +162,32 @@ def test_gathers_on_a_torus():
     assert torus.group(("dp",)).gather(1e9) == pytest.approx(1e9 / (2 * link))
     apart = Torus(V5P, (8, 8, 16), (8, 8, 4))
     assert apart.group(("dp",)).gather(1e9) == pytest.approx(4e9 / (2 * link))
-    two = dataclasses.replace(torus, chip=chips.TPU7X)  # devices that share a chip's links
-    assert two.group(("rank",)).gather(1e9) == pytest.approx(2e9 / (4 * chips.TPU7X.ici_bandwidth))
+    two = dataclasses.replace(torus, chip=hardware.TPU7X)  # devices that share a chip's links
+    assert two.group(("rank",)).gather(1e9) == pytest.approx(
+        2e9 / (4 * hardware.TPU7X.ici_bandwidth)
+    )
 
 
 def test_collectives_of_gpu_hosts():
     """What leaves a host goes over the network, the rest over NVLink, both at once."""
-    hosts = Hosts(chips.H800, 8, MeshSpec(dp=4, ranks=16))
+    hosts = Hosts(hardware.H800, 8, MeshSpec(dp=4, ranks=16))
     assert hosts.group(("node", "rank")).exchange(16e9) == pytest.approx(8e9 / 50e9)
     assert hosts.group(("dp",)).gather(16e9) == pytest.approx(16e9 / 50e9)
     assert hosts.group(("dp", "node", "rank")).gather(16e9) == pytest.approx(16e9 / 160e9)
-    inside = Hosts(chips.H800, 8, MeshSpec(dp=8, ranks=8))
+    inside = Hosts(hardware.H800, 8, MeshSpec(dp=8, ranks=8))
     assert inside.group(("node", "rank")).exchange(8e9) == pytest.approx(7e9 / 160e9)
 
 
 def test_every_mesh_lies_on_its_slice():
     for name, n_devices in (("v5p", 1024), ("v6e", 96), ("tpu7x", 24), ("h100", 48)):
-        chip = chips.chip_named(name)
+        chip = hardware.chip_named(name)
         shape = shape_of(chip, n_devices)
         assert math.prod(shape) * (chip.devices_a_chip if chip.torus_axes else 1) == n_devices
         for mesh in plan.meshes(n_devices):
             assert links_of(chip, shape, mesh).group(("rank",)).exchange(1.0) >= 0
     assert shape_of(V5P, 1024) == (8, 8, 16)
     with pytest.raises(ValueError, match="groups of 2"):
-        shape_of(chips.TPU7X, 7)
+        shape_of(hardware.TPU7X, 7)
 
 
 def test_meshes_that_fail_say_why():
@@ -272,14 +274,14 @@ def test_output(monkeypatch, capsys):
 def test_chips():
     names = {"v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
     for name, kind in names.items():
-        assert chips.CHIPS[name].kind == kind
-        assert chips.CHIPS[name].bf16_peak == BF16_PEAK[kind]
-        assert chips.compiler_options(kind)["xla_tpu_enable_async_all_to_all"] is True
-    assert chips.compiler_options("cpu") == chips.compiler_options(chips.H100.kind) == {}
-    assert chips.H100.bf16_peak == BF16_PEAK[chips.H100.kind]
-    assert chips.chip_of("v5p:8x8x16") == (V5P, 1024, (8, 8, 16))
-    assert chips.chip_of("tpu7x:8x8x8") == (chips.TPU7X, 1024, (8, 8, 8))
-    assert chips.chip_of("h100:32x8") == (chips.H100, 256, (32, 8))
+        assert hardware.CHIPS[name].kind == kind
+        assert hardware.CHIPS[name].bf16_peak == BF16_PEAK[kind]
+        assert hardware.compiler_options(kind)["xla_tpu_enable_async_all_to_all"] is True
+    assert hardware.compiler_options("cpu") == hardware.compiler_options(hardware.H100.kind) == {}
+    assert hardware.H100.bf16_peak == BF16_PEAK[hardware.H100.kind]
+    assert hardware.chip_of("v5p:8x8x16") == (V5P, 1024, (8, 8, 16))
+    assert hardware.chip_of("tpu7x:8x8x8") == (hardware.TPU7X, 1024, (8, 8, 8))
+    assert hardware.chip_of("h100:32x8") == (hardware.H100, 256, (32, 8))
     assert override(V5P, "ici_bandwidth=9e10").ici_bandwidth == 9e10
 
 
@@ -295,7 +297,7 @@ def test_chips():
         (["--devices=0"], "0 devices of v5p"),
         (["--step-seconds=0"], "--step-seconds=0 must be positive"),
         (["--set", "train.batsh=1"], "did you mean 'batch'"),
-        (["--tunnel=pyproject.toml"], "not a report of python -m dsv3_jax.tunnel --json"),
+        (["--tunnel=pyproject.toml"], "not a report of python -m dsv3_jax.aot --json"),
         (["--tunnel=gone.json"], "gone.json"),
     ],
 )

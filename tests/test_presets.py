@@ -20,17 +20,17 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from configs import load_preset, preset_names
 from dsv3_jax.config import Config
-from dsv3_jax.costs import activated_parameters, training_flops_per_token
-from dsv3_jax.fit import check_mesh
-from dsv3_jax.hf_weights import our_shapes
-from dsv3_jax.layers.rope import frequencies
+from dsv3_jax.config_cli import override
+from dsv3_jax.flops import activated_parameters, training_flops_per_token
 from dsv3_jax.losses import Batch
-from dsv3_jax.model import count_parameters
+from dsv3_jax.mesh_checks import check_mesh
+from dsv3_jax.model.deepseek import count_parameters
+from dsv3_jax.model.rope import frequencies
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.overrides import override
 from dsv3_jax.training.state import abstract_state, layout_of
 from dsv3_jax.training.step import make_step
+from dsv3_jax.weights.hf_names import our_shapes
 from sharding.mesh import AXES, BATCH, MeshSpec, parse_mesh
 
 MESHES = {

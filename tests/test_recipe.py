@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import load_preset
-from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.config import TrainConfig
-from dsv3_jax.overrides import override
+from dsv3_jax.config_cli import override
 from dsv3_jax.plan.recipe import phases
+from dsv3_jax.schedules import BatchSizes
 
 TRILLION = 1e12
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dsv3_jax.inference.sampling import GREEDY, Sampling, choose_tokens, nucleus
+from dsv3_jax.serving.sampling import GREEDY, Sampling, choose_tokens, nucleus
 
 N_ROWS, VOCAB = 5, 23
 keep = functools.partial(jax.jit, static_argnums=1)(nucleus)

@@ -29,7 +29,7 @@ from reference.small_step import (
 from reference.step import moved_bias as reference_moved_bias
 
 from dsv3_jax.config import ParallelConfig
-from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer, moved_bias
 from dsv3_jax.training.state import abstract_state, fresh_state

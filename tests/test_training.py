@@ -13,11 +13,11 @@ from reference.train_command import ROOT, command, rows_of
 
 import train
 from configs import load_preset
+from dsv3_jax.config_cli import override
 from dsv3_jax.data import train_bpe
 from dsv3_jax.losses import Batch
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.overrides import override
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
 from dsv3_jax.training.step import make_step
 from dsv3_jax.training.workdir import check_text, check_tokenizer, check_workdir

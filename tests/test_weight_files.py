@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 from reference.tensor_files import assert_same, tensors
 
-from dsv3_jax.weights.files import Folder, Tensor
+from dsv3_jax.weights.safetensors import Folder, Tensor
 
 INDEX = "model.safetensors.index.json"
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -11,7 +11,7 @@ import safetensors
 from reference.tensor_files import as_package, assert_same, package_read, tensors
 
 from dsv3_jax.weights import writer as writing
-from dsv3_jax.weights.files import INDEX, Folder
+from dsv3_jax.weights.safetensors import INDEX, Folder
 from dsv3_jax.weights.writer import Writer
 
 

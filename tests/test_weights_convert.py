@@ -20,17 +20,17 @@ from configs import load_preset
 from dsv3_jax import load_pretrained, save_pretrained
 from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config import Config
-from dsv3_jax.hf_weights import flatten
+from dsv3_jax.config_cli import to_dict
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.overrides import to_dict
 from dsv3_jax.training.state import abstract_state, layout_of, state_from
 from dsv3_jax.weights.__main__ import main
 from dsv3_jax.weights.convert import export_weights, import_weights, verify
-from dsv3_jax.weights.files import Folder
+from dsv3_jax.weights.hf_names import flatten
+from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import Official, open_weights, wanted_arrays
+from sharding.layout import Layout
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.rules import Layout
 
 A6, B1, D1 = (GOLDENS / name for name in ("A6_sharded_bf16", "B1_fp8", "D1_mtp"))
 SMALL = FIELDS | {"q_lora_rank": None, "n_shared_experts": 0}

@@ -11,8 +11,8 @@ from reference.official_weights import FIELDS, random_tensors, raw, write
 
 from dsv3_jax import load_pretrained
 from dsv3_jax.weights.convert import import_weights
-from dsv3_jax.weights.files import Folder
 from dsv3_jax.weights.pretrained import load_model
+from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import open_weights
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -13,14 +13,14 @@ from reference.official_weights import FIELDS, format_of, our_arrays, random_ten
 from reference.tensor_files import assert_same
 
 from dsv3_jax import load_pretrained
-from dsv3_jax.hf_weights import flatten
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.weights import load
-from dsv3_jax.weights.files import Folder
+from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.pretrained import load_model
+from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import Part, open_weights, wanted_arrays, wanted_part
+from sharding.layout import Layout
 from sharding.mesh import make_mesh, parse_mesh
-from sharding.rules import Layout
 
 DENSE_ONLY = FIELDS | {"first_k_dense_replace": 3, "num_nextn_predict_layers": 0}
 ONE_MOE = FIELDS | {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}

@@ -18,11 +18,11 @@ from reference.official_weights import FIELDS, our_arrays, random_tensors, raw, 
 from reference.tensor_files import assert_same
 
 from dsv3_jax import load_pretrained, save_pretrained
-from dsv3_jax.hf_weights import flatten
 from dsv3_jax.weights import save
 from dsv3_jax.weights.__main__ import main
 from dsv3_jax.weights.convert import export_weights, import_weights, verify
-from dsv3_jax.weights.files import Folder
+from dsv3_jax.weights.hf_names import flatten
+from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import Official, open_weights
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.data.augment import augmented
 from dsv3_jax.data.cache import cached, fingerprint, key
 from dsv3_jax.data.packing import PackedRows, tokenize, unigram_entropy
-from dsv3_jax.data.source import documents, identity
 from dsv3_jax.data.split import split
+from dsv3_jax.data.text import documents, identity
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 BPE_SAMPLE = 4_000_000  # characters

@@ -7,8 +7,8 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.data.packing import PackedRows
+from dsv3_jax.schedules import BatchSizes
 
 Batch = dict[str, np.ndarray]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_jax.command_line import errors_told
-from dsv3_jax.data.source import documents
+from dsv3_jax.cli import errors_told
+from dsv3_jax.data.text import documents
 from dsv3_jax.progress import bar
 
 # One token each in a vocabulary that was learned from such text, and so are the values.

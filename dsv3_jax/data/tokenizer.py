@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dsv3_jax.data.source import missing
+from dsv3_jax.data.text import missing
 
 END_OF_TEXT = "<|endoftext|>"
 FIM_NAMES = (  # of prefix, suffix and middle: ours, and those of DeepSeek-V3's tokenizer

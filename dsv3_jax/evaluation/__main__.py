@@ -26,15 +26,15 @@ import json
 import tempfile
 from pathlib import Path
 
-from dsv3_jax.command_line import add_model, errors_told
+from dsv3_jax.cli import add_model, errors_told
 from dsv3_jax.data import Prompts, load_prompts
-from dsv3_jax.data.source import documents
-from dsv3_jax.evaluation.own_tasks import WORDNET, write_own_tasks
+from dsv3_jax.data.text import documents
+from dsv3_jax.evaluation.local_tasks import WORDNET, write_own_tasks
 from dsv3_jax.evaluation.perplexity import perplexity
 from dsv3_jax.evaluation.report import show
 from dsv3_jax.evaluation.scorer import Scorer
-from dsv3_jax.inference.generator import Generator
 from dsv3_jax.progress import bar
+from dsv3_jax.serving.generator import Generator
 from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dsv3_jax.data import Tokenizer
-from dsv3_jax.inference.generator import Generator
-from dsv3_jax.inference.sampling import GREEDY, Sampling
 from dsv3_jax.progress import Advance
+from dsv3_jax.serving.generator import Generator
+from dsv3_jax.serving.sampling import GREEDY, Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from dsv3_jax.data import Prompts
 from dsv3_jax.evaluation.completions import Completion, Ending, complete
 from dsv3_jax.evaluation.perplexity import prefix_id, windows
 from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
-from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.progress import Bar, no_bar
+from dsv3_jax.serving.sampling import Sampling
 
 try:
     from lm_eval.api.instance import Instance

@@ -21,12 +21,12 @@ from typing import NamedTuple
 import matplotlib.figure
 import numpy as np
 
-from dsv3_jax.command_line import add_model, errors_told
+from dsv3_jax.cli import add_model, errors_told
 from dsv3_jax.data import Prompts, load_prompts
 from dsv3_jax.data.needles import FILLER, NAMES, VALUES, begun, fact, filler
 from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
-from dsv3_jax.inference.generator import Generator
 from dsv3_jax.progress import bar
+from dsv3_jax.serving.generator import Generator
 from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
 

@@ -8,8 +8,8 @@ import datasets
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from dsv3_jax.config_cli import nearest
 from dsv3_jax.evaluation.harness import HarnessModel
-from dsv3_jax.overrides import nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

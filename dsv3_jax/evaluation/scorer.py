@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from dsv3_jax.inference.decode import Served, read
-from dsv3_jax.inference.generator import Generator, check_request
 from dsv3_jax.losses import PIECE
 from dsv3_jax.progress import Advance
+from dsv3_jax.serving.decode import Served, read
+from dsv3_jax.serving.generator import Generator, check_request
 from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
 from sharding.mesh import BATCH, MeshSpec, placement
-from sharding.vocabulary import n_pieces, walk
+from sharding.vocab_parallel import n_pieces, walk
 
 
 class Pair(NamedTuple):

@@ -24,7 +24,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.numerics.blockscale import (
+from dsv3_jax.numerics.gmm import outer, product
+from dsv3_jax.numerics.kernels import fp8_gpu, fp8_tpu
+from dsv3_jax.numerics.kernels.fp8_wgrad_tpu import grouped_scaled_outer, scaled_outer
+from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_tiles
+from dsv3_jax.numerics.quantize import (
     AMAX_TINY,
     BLOCK,
     COLUMN,
@@ -34,10 +38,6 @@ from dsv3_jax.numerics.blockscale import (
     dequantize,
     quantize,
 )
-from dsv3_jax.numerics.grouped_matmul import outer, product
-from dsv3_jax.numerics.kernels import fp8_gpu, fp8_tpu
-from dsv3_jax.numerics.kernels.fp8_outer_tpu import grouped_scaled_outer, scaled_outer
-from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_tiles
 from dsv3_jax.numerics.swiglu import swiglu
 from dsv3_jax.shapes import Array, Float, Float32, Int
 

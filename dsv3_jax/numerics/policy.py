@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from dsv3_jax.config import PrecisionConfig
-from dsv3_jax.numerics.blockscale import FP8_WIRE
+from dsv3_jax.numerics.quantize import FP8_WIRE
 from sharding.dispatch import PLAIN, Wire
 
 

@@ -9,7 +9,7 @@
 
 Nothing is run. Parameters and the memory of weights are exact; other memory and all times are
 estimates, by the formulas in dsv3_jax/plan/memory.py, speed.py and links.py. All sequences of a
-device run at once, so --set train.batch=N decides what fits. `python -m dsv3_jax.tunnel` compiles
+device run at once, so --set train.batch=N decides what fits. `python -m dsv3_jax.aot` compiles
 the real program and knows better; its --json makes the report.json for --tunnel.
 """
 
@@ -19,19 +19,19 @@ import json
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax.batch_size import BatchSizes, with_batch
-from dsv3_jax.chips import CHIPS, GIB, H800, Chip, chip_named, chip_of
-from dsv3_jax.command_line import add_settings, errors_told
+from dsv3_jax.aot.links import shape_of
+from dsv3_jax.cli import add_settings, errors_told
 from dsv3_jax.config import Config
-from dsv3_jax.costs import activated_parameters, training_flops_per_token
-from dsv3_jax.fit import check_mesh
-from dsv3_jax.model import count_parameters
-from dsv3_jax.overrides import override
+from dsv3_jax.config_cli import override
+from dsv3_jax.flops import activated_parameters, training_flops_per_token
+from dsv3_jax.hardware import CHIPS, GIB, H800, Chip, chip_named, chip_of
+from dsv3_jax.mesh_checks import check_mesh
+from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.plan.memory import memory
 from dsv3_jax.plan.recipe import phases
 from dsv3_jax.plan.speed import EFFICIENCY, EXPOSED, speed
 from dsv3_jax.plan.tables import show
-from dsv3_jax.tunnel.links import shape_of
+from dsv3_jax.schedules import BatchSizes, with_batch
 from sharding.mesh import MeshSpec
 
 # Report, table 1 and sec. 1: H800 hours, tokens of pre-training, GPUs.
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="override a figure of the chip: a field of Chip in dsv3_jax/chips.py",
+        help="override a figure of the chip: a field of Chip in dsv3_jax/hardware.py",
     )
     add("--dollars-per-hour", help="price of a chip (known: the report's $2 for h800)")
     add("--tokens", type=float, help="tokens to pay for (default: all of the preset's run)")
@@ -214,7 +214,7 @@ def tunnel_bill(tokens: float, path: Path, price: float | None) -> list[dict]:
         report = json.loads(path.read_text())
         seconds = report["predicted_step_seconds"]
     except (json.JSONDecodeError, TypeError, KeyError) as error:
-        message = f"--tunnel={path}: not a report of python -m dsv3_jax.tunnel --json"
+        message = f"--tunnel={path}: not a report of python -m dsv3_jax.aot --json"
         raise ValueError(message) from error
     what = f"{report['mesh']} on {report['topology']}, the tunnel"
     chip = dataclasses.replace(chip_named(report["chip"]["name"]), dollars_per_hour=price)

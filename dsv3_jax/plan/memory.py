@@ -14,16 +14,16 @@ import jax
 from flax import nnx
 
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.layers.attention import QUERY_CHUNK, SPANS
 from dsv3_jax.losses import PIECE
-from dsv3_jax.model import abstract_model
-from dsv3_jax.numerics.blockscale import E4M3, TILE
+from dsv3_jax.model.deepseek import abstract_model
+from dsv3_jax.numerics.attention import QUERY_CHUNK, SPANS
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.numerics.quantize import E4M3, TILE
 from dsv3_jax.training.state import layout_of, parts_of
 from sharding.dispatch import capacity_of
+from sharding.layout import Layout
 from sharding.mesh import AXES, MeshSpec
-from sharding.rules import Layout
-from sharding.vocabulary import n_pieces
+from sharding.vocab_parallel import n_pieces
 
 STACKS = ("dense", "moe", "mtp")  # parts that hold layers; the others are used all through a step
 

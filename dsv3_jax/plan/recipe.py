@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from dsv3_jax.batch_size import BatchSizes
 from dsv3_jax.config import Config
 from dsv3_jax.optimizer import bias_rate, learning_rate, mtp_weight
+from dsv3_jax.schedules import BatchSizes
 
 
 class Phase(NamedTuple):

@@ -4,12 +4,13 @@ import collections
 import functools
 from typing import NamedTuple
 
-from dsv3_jax.chips import Chip
+from dsv3_jax.aot.links import Hosts, Torus, links_of
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.costs import activated_parameters, training_flops_per_token
-from dsv3_jax.model import count_parameters
-from dsv3_jax.numerics.blockscale import TILE
+from dsv3_jax.flops import activated_parameters, training_flops_per_token
+from dsv3_jax.hardware import Chip
+from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.numerics.quantize import TILE
 from dsv3_jax.plan.memory import (
     STACKS,
     expert_rows,
@@ -18,7 +19,6 @@ from dsv3_jax.plan.memory import (
     weights,
 )
 from dsv3_jax.training.state import layout_of
-from dsv3_jax.tunnel.links import Hosts, Torus, links_of
 from sharding.mesh import MeshSpec
 
 # A layer's FLOPs over its time, communication apart, as a share of the bf16 peak. A guess: the
@@ -66,7 +66,7 @@ def exchange_bytes(config: Config, mesh: MeshSpec) -> float:
 
 
 def context_bytes(config: Config, mesh: MeshSpec) -> float:
-    """Bytes that a device sends where slices become heads and heads slices (sharding/context.py).
+    """Bytes that a device sends where slices become heads and heads slices (`context_parallel.py`).
 
     Queries, keys without the rotary part, values and outputs of every head; forward, backward, and
     the forward again where remat repeats it.

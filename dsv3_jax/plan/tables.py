@@ -3,8 +3,8 @@
 import rich.console
 import rich.table
 
-from dsv3_jax.chips import GIB
-from dsv3_jax.tunnel.tables import table
+from dsv3_jax.aot.tables import table
+from dsv3_jax.hardware import GIB
 
 COUNTS = {
     "main_parameters": "main parameters",
@@ -23,7 +23,7 @@ ASSUMPTIONS = (
     "these seconds, and meshes within 10 % of each other to change places. Memory of weights, "
     "moments and stored gradients is exact, the rest is counted as if all alive at once. An expert "
     "group written in nodes, as ep8x8 for ep64, costs the same as long as the exchange has one "
-    "level. Meshes with pp are not in here: python -m dsv3_jax.tunnel weighs them."
+    "level. Meshes with pp are not in here: python -m dsv3_jax.aot weighs them."
 )
 
 

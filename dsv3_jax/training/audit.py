@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt32
 
-from dsv3_jax.checkpoint.fingerprints import fingerprint
-from dsv3_jax.layers.linear import of_parameters
+from dsv3_jax.checkpoint.integrity import fingerprint
+from dsv3_jax.params import of_parameters
 from dsv3_jax.shapes import Array
+from sharding.layout import KEPT, Layout
 from sharding.mesh import A_ROW_A_DEVICE, region
-from sharding.rules import KEPT, Layout
 
 SLOW = 1.5  # times the median
 PRODUCTS = {"cpu": (128, 4)}  # size of the products that tell a device's pace, and how many

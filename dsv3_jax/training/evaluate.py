@@ -9,15 +9,15 @@ from jax.sharding import Mesh
 from jaxtyping import UInt32
 
 from dsv3_jax.config import Config
-from dsv3_jax.layers.linear import specs
 from dsv3_jax.losses import Batch, training_loss
-from dsv3_jax.model import abstract_model
+from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.params import specs
 from dsv3_jax.shapes import Array, Int
 from dsv3_jax.training.state import parts_of
 from dsv3_jax.training.step import ready
+from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, data_sum, region
-from sharding.rules import Layout
 
 
 def make_evaluation(config: Config, mesh: Mesh, layout: Layout) -> Callable:

@@ -8,13 +8,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.hf_weights import flatten
-from dsv3_jax.layers.linear import no_counts
 from dsv3_jax.losses import Batch, training_loss
 from dsv3_jax.numerics.fp8 import Counts
+from dsv3_jax.params import no_counts
 from dsv3_jax.training.evaluate import model_in_region
+from dsv3_jax.weights.hf_names import flatten
+from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, data_sum, region
-from sharding.rules import Layout
 
 CLASSES = ("activations", "gradients", "weights")  # what meets in the three products
 

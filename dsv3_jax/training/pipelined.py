@@ -1,6 +1,6 @@
 """Losses and gradients of a step whose layers lie in pipeline stages (report sec. 3.2.1).
 
-Between steps nothing is different from a mesh without stages (`sharding/rules.py`). A step sends
+Between steps nothing is different from a mesh without stages (`sharding/layout.py`). A step sends
 every MoE layer's weights to the ranks of its stage, runs all micro-batches through the one loop of
 `sharding/pipeline.py`, and sends the sums of the gradients back. Embedding, dense layers, final
 norm, head and MTP are whole on all ranks; those of the first and the last stage use them, so
@@ -19,8 +19,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.hf_weights import flatten
-from dsv3_jax.layers.linear import (
+from dsv3_jax.layer_scan import kept_by, with_inputs, without
+from dsv3_jax.losses import Batch, inputs_of, losses_of, output_losses, target_counts
+from dsv3_jax.model.deepseek import abstract_model, positions_of
+from dsv3_jax.model.moe import RouterStats
+from dsv3_jax.numerics.fp8 import Fp8Weight, Slot
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.numerics.split_backward import Deferred, Name, Shapes, weight_gradient
+from dsv3_jax.params import (
     assemble,
     in_fp8,
     landings,
@@ -28,19 +34,13 @@ from dsv3_jax.layers.linear import (
     to_stages,
     with_landings,
 )
-from dsv3_jax.layers.moe import RouterStats
-from dsv3_jax.layers.stack import kept_by, with_inputs, without
-from dsv3_jax.losses import Batch, inputs_of, losses_of, output_losses, target_counts
-from dsv3_jax.model import abstract_model, positions_of
-from dsv3_jax.numerics.deferred import Deferred, Name, Shapes, weight_gradient
-from dsv3_jax.numerics.fp8 import Fp8Weight, Slot
-from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.stages import pipeline_of
+from dsv3_jax.pipeline_plan import pipeline_of
 from dsv3_jax.training.state import parts_of
+from dsv3_jax.weights.hf_names import flatten
+from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, region, whole_max, whole_sum
 from sharding.pipeline import Gradients, Parts, layers_of, run
-from sharding.rules import Layout
-from sharding.stages import from_ranks, most_of_ranks, of_rank
+from sharding.stage_resharding import from_ranks, most_of_ranks, of_rank
 
 
 def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:

@@ -7,7 +7,7 @@ import matplotlib.ticker
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsv3_jax.stages import Pipeline
+from dsv3_jax.pipeline_plan import Pipeline
 from sharding import gantt
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#666666"

@@ -10,15 +10,15 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.hf_weights import flatten
-from dsv3_jax.layers.linear import specs
-from dsv3_jax.layers.moe import BalanceBias, Redundant
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.deepseek import DeepSeekV3
+from dsv3_jax.model.moe import BalanceBias, Redundant
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.params import specs
 from dsv3_jax.progress import byte_bar
+from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.sources import Source, filled
+from sharding.layout import Layout
 from sharding.mesh import MeshSpec, placement
-from sharding.rules import Layout
 
 
 class TrainState(NamedTuple):

@@ -11,13 +11,11 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dsv3_jax.batch_size import BatchSizes
-from dsv3_jax.chips import compiler_options
 from dsv3_jax.config import Config, GuardConfig
-from dsv3_jax.layers.linear import assemble, in_fp8, of_parameters, specs
-from dsv3_jax.layers.moe import RouterStats
+from dsv3_jax.hardware import compiler_options
 from dsv3_jax.losses import Batch, Losses, training_loss
-from dsv3_jax.model import abstract_model
+from dsv3_jax.model.deepseek import abstract_model
+from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import (
     bias_rate,
@@ -26,12 +24,14 @@ from dsv3_jax.optimizer import (
     moved_bias,
     mtp_weight,
 )
+from dsv3_jax.params import assemble, in_fp8, of_parameters, specs
+from dsv3_jax.schedules import BatchSizes
 from dsv3_jax.shapes import Array, Float32, Int
 from dsv3_jax.training.batches import abstract_batch
 from dsv3_jax.training.pipelined import pipelined
 from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
+from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
-from sharding.rules import Layout
 
 USUAL_STEPS = 100  # gradient norms that make the usual one
 

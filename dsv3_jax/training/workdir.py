@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 
 from dsv3_jax.config import Config
+from dsv3_jax.config_cli import differences, to_dict
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dsv3_jax.overrides import differences, to_dict
-from dsv3_jax.training.metrics import write_atomically
+from dsv3_jax.training.reporting import write_atomically
 
 # Fields that may differ from those a workdir was begun with: they don't change what is learned.
 FREE = (

@@ -18,8 +18,8 @@ import jax
 import rich.console
 import rich.table
 
-from dsv3_jax.command_line import errors_told
-from dsv3_jax.model import count_parameters
+from dsv3_jax.cli import errors_told
+from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.weights.convert import export_weights, import_weights, verify
 from dsv3_jax.weights.pretrained import start_mesh
 from dsv3_jax.weights.save import FORMATS, SHARD_BYTES

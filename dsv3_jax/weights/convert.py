@@ -17,15 +17,15 @@ import safetensors.numpy
 from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint import Checkpoints
-from dsv3_jax.fit import check_model_mesh
-from dsv3_jax.hf_weights import SCALE, copies_in_mtp, to_official
-from dsv3_jax.numerics.blockscale import BLOCK, Scaled, dequantize
+from dsv3_jax.config_cli import to_dict
+from dsv3_jax.mesh_checks import check_model_mesh
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.overrides import to_dict
+from dsv3_jax.numerics.quantize import BLOCK, Scaled, dequantize
 from dsv3_jax.progress import byte_bar
-from dsv3_jax.weights.files import Folder
+from dsv3_jax.weights.hf_names import SCALE, copies_in_mtp, to_official
 from dsv3_jax.weights.load import read_scale
 from dsv3_jax.weights.pretrained import mesh_of
+from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.save import (
     FORMATS,
     SHARD_BYTES,
@@ -40,8 +40,8 @@ from dsv3_jax.weights.sources import (
     wanted_arrays,
     wanted_part,
 )
+from sharding.layout import Layout
 from sharding.mesh import spec_of
-from sharding.rules import Layout
 
 SCALES = "scales.safetensors"  # of an imported FP8 checkpoint, so that an export can keep them
 

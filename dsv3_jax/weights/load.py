@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.hf_weights import SCALE, is_turned, official_names, our_shapes
-from dsv3_jax.numerics.blockscale import BLOCK, E4M3, Scaled, dequantize
+from dsv3_jax.numerics.quantize import BLOCK, E4M3, Scaled, dequantize
 from dsv3_jax.shapes import Float32
-from dsv3_jax.weights.files import Folder, Range
+from dsv3_jax.weights.hf_names import SCALE, is_turned, official_names, our_shapes
+from dsv3_jax.weights.safetensors import Folder, Range
 
 PIECE = 4 * 2**20  # bytes that one read takes
 MOST_THREADS = 16

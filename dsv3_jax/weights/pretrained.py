@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsv3_jax.command_line import DTYPES
-from dsv3_jax.fit import check_model_mesh
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.cli import DTYPES
+from dsv3_jax.mesh_checks import check_model_mesh
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.progress import byte_bar
 from dsv3_jax.weights.sources import (
@@ -19,8 +19,8 @@ from dsv3_jax.weights.sources import (
     open_weights,
     wanted_arrays,
 )
+from sharding.layout import Layout
 from sharding.mesh import MeshSpec, make_mesh, parse_mesh, spec_of, start_devices
-from sharding.rules import Layout
 
 
 def load_pretrained(

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.hf_config import official_config
-from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, fp8_names, to_official
-from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.numerics.blockscale import BLOCK, Scaled, requantize
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.numerics.quantize import BLOCK, Scaled, requantize
 from dsv3_jax.progress import Advance
 from dsv3_jax.shapes import Array, Float, Float32
-from dsv3_jax.weights.files import Folder
+from dsv3_jax.weights.hf_config import official_config
+from dsv3_jax.weights.hf_names import BIAS, SCALE, copies_in_mtp, fp8_names, to_official
+from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import (
     InMemory,
     Source,
@@ -25,8 +25,8 @@ from dsv3_jax.weights.sources import (
     wanted_part,
 )
 from dsv3_jax.weights.writer import Writer
+from sharding.layout import Layout
 from sharding.mesh import MeshSpec, make_mesh
-from sharding.rules import Layout
 
 FORMATS = ("float32", "bfloat16", "fp8")
 SHARD_BYTES = 5 * 10**9

@@ -21,19 +21,26 @@ from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint import SavedSteps
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.hf_config import length_of, read_config, read_length
-from dsv3_jax.hf_weights import BIAS, SCALE, copies_in_mtp, flatten, official_shapes, our_shapes
-from dsv3_jax.layers.linear import scale_spec, specs
-from dsv3_jax.model import DeepSeekV3, abstract_model
-from dsv3_jax.numerics.blockscale import BLOCK, E4M3, Scaled
+from dsv3_jax.config_cli import from_dict
+from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
 from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.overrides import from_dict
+from dsv3_jax.numerics.quantize import BLOCK, E4M3, Scaled
+from dsv3_jax.params import scale_spec, specs
 from dsv3_jax.progress import Advance
-from dsv3_jax.weights.files import Folder
+from dsv3_jax.weights.hf_config import length_of, read_config, read_length
+from dsv3_jax.weights.hf_names import (
+    BIAS,
+    SCALE,
+    copies_in_mtp,
+    flatten,
+    official_shapes,
+    our_shapes,
+)
 from dsv3_jax.weights.load import bytes_to_read, load_arrays, load_scales
+from dsv3_jax.weights.safetensors import Folder
+from sharding.layout import Layout
 from sharding.mesh import placement
-from sharding.rules import Layout
 
 Wanted = dict[str, jax.ShapeDtypeStruct]  # dotted path of a parameter -> shape, dtype, sharding
 Arrays = dict[str, jax.Array]

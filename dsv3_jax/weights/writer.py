@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dsv3_jax.weights.files import DTYPES, INDEX
+from dsv3_jax.weights.safetensors import DTYPES, INDEX
 
 
 class Writer:

@@ -7,10 +7,10 @@ import numpy as np
 from flax import nnx
 
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from dsv3_jax.hf_weights import flatten
-from dsv3_jax.layers.linear import assemble
 from dsv3_jax.numerics.policy import Policy
-from sharding.rules import Layout
+from dsv3_jax.params import assemble
+from dsv3_jax.weights.hf_names import flatten
+from sharding.layout import Layout
 
 BATCH, LENGTH = 2, 7
 ATTENTION = AttentionConfig(

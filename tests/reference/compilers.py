@@ -12,7 +12,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 FileNames
 1 "/here/sharding/expert_parallel.py"
-2 "/here/dsv3_jax/layers/mla.py"
+2 "/here/dsv3_jax/model/mla.py"
 3 "/lib/site-packages/einops/einops.py"
 
 FileLocations

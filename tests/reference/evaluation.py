@@ -8,7 +8,7 @@ import jax
 
 from dsv3_jax.data import Prompts, load_prompts
 from dsv3_jax.evaluation.scorer import Scorer
-from dsv3_jax.inference.generator import Generator
+from dsv3_jax.serving.generator import Generator
 from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import make_mesh, parse_mesh

@@ -18,11 +18,11 @@ import numpy as np
 from reference.train_command import settings
 
 from configs import load_preset
-from dsv3_jax.overrides import override
-from dsv3_jax.training import loop, step
+from dsv3_jax.config_cli import override
+from dsv3_jax.training import run, step
 from sharding.mesh import BATCH, on_devices, start_devices
 
-whole_gradients, Run = step.loss_and_gradients, loop.Run
+whole_gradients, Run = step.loss_and_gradients, run.Run
 
 
 def loss_and_gradients(*how):
@@ -57,7 +57,7 @@ class FaultyRun(Run):
         return super()._due(number)
 
 
-class SlowLoader(loop.data.Loader):
+class SlowLoader(run.data.Loader):
     wait, waited = 0.0, 0.0
 
     def __next__(self):
@@ -69,8 +69,8 @@ class SlowLoader(loop.data.Loader):
 
 
 def main(folder: Path, runs: dict[str, dict]):
-    step.loss_and_gradients, loop.Run = loss_and_gradients, FaultyRun
-    loop.data.Loader, loop.process_began = SlowLoader, time.time
+    step.loss_and_gradients, run.Run = loss_and_gradients, FaultyRun
+    run.data.Loader, run.process_began = SlowLoader, time.time
     spec, measured = start_devices("dp2,ep2"), {}
     for name, faults in runs.items():
         more = faults.get("settings", [])
@@ -78,7 +78,7 @@ def main(folder: Path, runs: dict[str, dict]):
         FaultyRun.faults, SlowLoader.wait, SlowLoader.waited = faults, faults.get("wait", 0.0), 0.0
         begin, error = time.perf_counter(), ""
         try:
-            loop.train(config, spec, folder / name)
+            run.train(config, spec, folder / name)
         except FloatingPointError as caught:
             error = str(caught)
         seconds = time.perf_counter() - begin

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from dsv3_jax import load_pretrained
-from dsv3_jax.layers.router import choose_experts
-from dsv3_jax.model import DeepSeekV3, positions_of
-from sharding.rules import Layout
+from dsv3_jax.model.deepseek import DeepSeekV3, positions_of
+from dsv3_jax.model.router import choose_experts
+from sharding.layout import Layout
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = sorted(path.name for path in GOLDENS.glob("A*"))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.tunnel import hlo, overlap
+from dsv3_jax.aot import hlo, overlap
 
 
 def module_of(entry: str, others: str = "") -> hlo.Module:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from dsv3_jax.hf_config import model_config
+from dsv3_jax.weights.hf_config import model_config
 
 YARN = YarnConfig(
     factor=40.0, original_length=64, beta_fast=31.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=0.9

@@ -23,9 +23,9 @@ from dsv3_jax.config import (
     PrecisionConfig,
     TrainConfig,
 )
-from dsv3_jax.fit import check_mesh
 from dsv3_jax.losses import Batch
-from dsv3_jax.model import abstract_model
+from dsv3_jax.mesh_checks import check_mesh
+from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.training.state import layout_of, parts_of
 from sharding.mesh import make_mesh, parse_mesh

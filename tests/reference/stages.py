@@ -13,10 +13,10 @@ from flax import nnx
 from reference.small_step import LENGTH, VOCAB, config_of, placed
 
 from dsv3_jax.config import Config
+from dsv3_jax.config_cli import override
 from dsv3_jax.losses import Batch
-from dsv3_jax.model import abstract_model
+from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.overrides import override
 from dsv3_jax.training.state import parts_of
 from dsv3_jax.training.step import loss_and_gradients
 

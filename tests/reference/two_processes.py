@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from reference.official_weights import our_arrays
 
-from dsv3_jax.hf_weights import flatten
 from dsv3_jax.weights.convert import import_weights
+from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import make_mesh, parse_mesh

@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from dsv3_jax.numerics.blockscale import BLOCK, Scaled
-from dsv3_jax.numerics.kernels.grouped_matmul_gpu import BAND, load, row_tiles, store
+from dsv3_jax.numerics.kernels.gmm_gpu import BAND, load, row_tiles, store
+from dsv3_jax.numerics.quantize import BLOCK, Scaled
 from dsv3_jax.shapes import Array, Float, Int
 
 EDGE = BLOCK[0]  # numbers that share a scale, along a row; a tile of the result is as wide

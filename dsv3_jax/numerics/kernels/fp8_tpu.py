@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from dsv3_jax.numerics.blockscale import Scaled
+from dsv3_jax.numerics.quantize import Scaled
 from dsv3_jax.shapes import Array, Float, Int
 
 EDGE = 128  # of a block, or the length of a tile, with one scale

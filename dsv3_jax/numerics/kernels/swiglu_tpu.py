@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from dsv3_jax.numerics.blockscale import AMAX_FLOOR, E4M3_MAX, TILE, Scaled
+from dsv3_jax.numerics.quantize import AMAX_FLOOR, E4M3_MAX, TILE, Scaled
 from dsv3_jax.shapes import Array, Float
 
 ROWS, NUMBERS = 256, 2**21  # of the hidden layer, at most, in one step

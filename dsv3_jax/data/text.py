@@ -1,0 +1,194 @@
+"""Named documents from a source: CPython's own text, a file, a folder, a glob or JSON lines."""
+
+import dataclasses
+import glob
+import importlib
+import itertools
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dsv3_jax.config_cli import nearest
+
+# Folders of the standard library that are tests, other people's packages or code-page tables.
+NOT_INSTANT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+TOPICS = "pydoc_data/topics.py"
+SHOWN = 3  # places of what is left out
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """How many of one kind there are that give no text, and the first places."""
+
+    kind: str
+    count: int = 0
+    first: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, place: str):
+        self.count += 1
+        self.first += [place] if self.count <= SHOWN else []
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > SHOWN else ""
+        return f"{self.count} {self.kind} ({', '.join(self.first)}{more})"
+
+
+def documents(source: str, text_field: str, bad_lines: str) -> Iterator[tuple[str, str]]:
+    """Every (name, text) of `source`, in the order of the names.
+
+    "instant" is the language reference in `pydoc_data.topics`, a document a topic, with the
+    standard library's sources: about 10 MB under the PSF licence, already on the machine. A
+    `.jsonl` file gives a document a line. Other files are a document each. Files that are not
+    UTF-8 or have NUL bytes, documents of white space and, if `bad_lines` is "skip", lines that are
+    no document are left out, and what was left out is printed. Hidden files and symbolic links do
+    not count.
+
+    Raises:
+        FileNotFoundError: `source` does not exist; the message gives the nearest name.
+        ValueError: no text at all or, if `bad_lines` is "refuse", a line that is no document.
+    """
+    binary = LeftOut("files that are not UTF-8 text")
+    empty = LeftOut("empty documents")
+    broken = LeftOut("bad lines")
+    found = 0
+    for name, path in files(source):
+        if source == "instant" and name == TOPICS:
+            read = _topics(name)
+        elif path.suffix == ".jsonl":
+            read = _lines(name, path, text_field, None if bad_lines == "refuse" else broken)
+        else:
+            read = _whole(name, path, binary)
+        for place, text in read:
+            if text.strip():
+                found += 1
+                yield place, text
+            else:
+                empty.add(place)
+    left_out = "; ".join(str(kind) for kind in (binary, empty, broken) if kind.count)
+    if not found:
+        raise ValueError(
+            f"data.source={source!r} holds no text; left out: {left_out or 'nothing'}; "
+            "name a text file, or a folder or glob of them (hidden files and links do not count)"
+        )
+    if left_out:
+        print(f"data.source={source!r}: left out {left_out}")
+
+
+def identity(source: str) -> list[tuple[str, int, int] | str]:
+    """What changes when the text of `source` may have: each file's name, bytes and mtime in ns.
+
+    Times are compared, never ordered, so a clock that jumps costs no more than tokenizing again.
+    Not seen is a change that keeps both a file's size and its time.
+    """
+    stats = ((name, path.stat()) for name, path in files(source))
+    return [sys.version if source == "instant" else "files"] + [
+        (name, stat.st_size, stat.st_mtime_ns) for name, stat in stats
+    ]
+
+
+def files(source: str) -> list[tuple[str, Path]]:
+    """The files of `source`, sorted, each with its name relative to the source's folder."""
+    path = Path(source).resolve()
+    if source == "instant":
+        root = Path(sysconfig.get_path("stdlib")).resolve()
+        found = (file for file in _walk(root, NOT_INSTANT) if _is_instant(file))
+    elif path.is_file():
+        return [(path.name, path)]
+    elif path.is_dir():
+        root, found = path, _walk(path, set())
+    elif glob.has_magic(source) and (root := _fixed_part(path)).is_dir():
+        found = root.glob(str(path.relative_to(root)))
+    else:
+        raise missing(f"data.source={source!r}", path, ["instant"])
+    kept = (file for file in found if file.resolve() == file and file.is_file())
+    named = ((file.relative_to(root).as_posix(), file) for file in kept)
+    return sorted(pair for pair in named if "/." not in f"/{pair[0]}")
+
+
+def missing(setting: str, path: Path, known: Iterable[str]) -> FileNotFoundError:
+    """The error for a `setting` whose `path` does not exist: what stands where it breaks off."""
+    while not path.parent.is_dir():
+        path = path.parent
+    siblings = {child.name for child in path.parent.iterdir() if child.name[0] != "."}
+    return FileNotFoundError(
+        f"{setting} does not exist: no {path.name!r} in {path.parent}; "
+        f"{nearest(path.name, siblings.union(known))}"
+    )
+
+
+def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in left_out and name[0] != "."]
+        yield from (Path(folder, name) for name in names)
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder that a glob starts from: all before its first wildcard."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+
+
+def _is_instant(file: Path) -> bool:
+    built_here = file.name.startswith("_sysconfigdata") or file.parent.name.startswith("config-")
+    return file.suffix == ".py" and not built_here
+
+
+def _topics(name: str) -> Iterator[tuple[str, str]]:
+    entries = importlib.import_module("pydoc_data.topics").topics
+    return ((f"{name}:{topic}", entries[topic]) for topic in sorted(entries))
+
+
+def _whole(name: str, path: Path, binary: LeftOut) -> Iterator[tuple[str, str]]:
+    """The file as a document, unless it is binary."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # zeros are valid UTF-8, but no text has them
+        binary.add(name)
+    else:
+        yield name, text
+
+
+def _lines(
+    name: str, path: Path, text_field: str, broken: LeftOut | None
+) -> Iterator[tuple[str, str]]:
+    """A document a line; bad lines are noted in `broken`, or an error without it."""
+    with path.open("rb") as file:  # as bytes, so that only a line feed ends a line
+        for number, line in enumerate(file, 1):
+            try:
+                content = line.decode("utf-8-sig").strip()
+                text = _json_text(content, text_field) if content else None
+            except ValueError as error:
+                if broken is None:
+                    raise ValueError(
+                        f"{path}, line {number}: {error}; mend the line, or leave such lines out "
+                        "with --set data.bad_lines=skip"
+                    ) from error
+                broken.add(f"{name}, line {number}: {error}")
+                continue
+            if text is not None:
+                yield f"{name}:{number}", text
+
+
+def _json_text(line: str, text_field: str) -> str:
+    """The text in a JSON object, or a ValueError that says why there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON ({error}); a line must be one object") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, but a line must be a JSON object")
+    if text_field not in record:
+        raise ValueError(
+            f"no field data.text_field={text_field!r} among {', '.join(record)}; "
+            f"{nearest(text_field, record)}"
+        )
+    text = record[text_field]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise ValueError(f"field {text_field!r} is a {kind}, but must be a string")
+    text.encode()  # JSON may escape half a surrogate pair, which is no character: a ValueError
+    return text

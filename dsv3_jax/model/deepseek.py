@@ -1,0 +1,167 @@
+"""DeepSeek-V3: embedding, dense prefix, MoE blocks, final norm, head, MTP modules.
+
+Every method runs unchanged on one device or on a share of the batch inside the manual region; the
+`Layout` says which.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.layer_scan import scan, scan_ahead, stack
+from dsv3_jax.model.block import DenseBlock, MoEBlock
+from dsv3_jax.model.moe import BalanceBias, RouterStats
+from dsv3_jax.model.mtp import MTP
+from dsv3_jax.model.norm import RMSNorm
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.params import weight
+from dsv3_jax.shapes import Array, Float, Float32, Int
+from sharding.context_parallel import places
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.vocab_parallel import lookup, project
+
+
+class DeepSeekV3(nnx.Module):
+    """The whole model; `dense`, `moe` and `mtp` are stacked layers, None where there are none."""
+
+    def __init__(self, config: ModelConfig, policy: Policy, *, rngs: nnx.Rngs):
+        self.config, self.policy = config, policy
+        n_moe, table = config.n_layers - config.n_dense, (config.vocab_size, config.width)
+        self.embedding = weight(rngs, table, ("vocab", "embed_shard"), config.init_std, wide=True)
+        self.dense = self._stack(DenseBlock, config.n_dense, rngs)
+        self.moe = self._stack(MoEBlock, n_moe, rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = weight(rngs, table, ("vocab_shard", "embed"), config.init_std)
+        self.mtp = self._stack(MTP, config.mtp_depth, rngs)
+
+    def _stack(self, layer: type[nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module | None:
+        return stack(lambda rngs: layer(self.config, rngs=rngs), n, rngs) if n else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        layout: Layout = ONE_DEVICE,
+        start: Int[Array, "B T"] | None = None,
+    ) -> Float32[Array, "B T V"]:
+        """Logits of the next token at every position.
+
+        Args:
+            start: the first place of its row that each token sees, at most its own (left padding,
+                packed documents); None if that is 0.
+        """
+        hidden, _ = self.trunk(tokens, layout, start=start)
+        return self.logits(hidden, layout)
+
+    def mtp_logits(
+        self, tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE
+    ) -> Float32[Array, "B S V"]:
+        """Logits of the token after the next, at the first T - 1 positions (S = T - 1)."""
+        hidden, _ = self.trunk(tokens, layout)
+        hidden, _ = self.mtp_trunk(hidden[:, :-1], tokens[None, :, 1:], layout)
+        return self.logits(hidden[0], layout)
+
+    def embed(self, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
+        """Embeddings in the compute format."""
+        flat = jnp.asarray(tokens).reshape(-1)  # [B*T]
+        rows = lookup(self.embedding[...], flat, layout.mesh, self.policy.compute)
+        return rearrange(rows, "(b t) d -> b t d", b=tokens.shape[0])
+
+    def trunk(
+        self,
+        tokens: Int[Array, "B T"],
+        layout: Layout = ONE_DEVICE,
+        remat: str = "none",
+        start: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """Hidden states after the final norm, and the MoE layers' statistics, stacked."""
+        x = self.prefix(tokens, layout, remat, start)
+        x, stats = self._layers(self.moe, x, positions_of(tokens, layout), layout, remat, start)
+        return self.norm(x), stats
+
+    def prefix(
+        self,
+        tokens: Int[Array, "B T"],
+        layout: Layout,
+        remat: str,
+        start: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The input of the first MoE layer: embeddings through the dense layers."""
+        x, positions = self.embed(tokens, layout), positions_of(tokens, layout)
+        return self._layers(self.dense, x, positions, layout, remat, start)[0]
+
+    def _layers(self, blocks: nnx.Module | None, x, positions, layout: Layout, remat: str, start):
+        """x after stacked blocks, and their statistics; without blocks x and None."""
+        if blocks is None:
+            return x, None
+
+        def step(block, x, between=None):
+            return block(x, positions, layout, start, between)
+
+        run = scan_ahead if layout.zero == 3 else functools.partial(scan, xs=None)
+        return run(step, blocks, x, **self._how(layout, remat))
+
+    def mtp_trunk(
+        self,
+        hidden: Float[Array, "B T D"],
+        following: Int[Array, "M B T"],
+        layout: Layout = ONE_DEVICE,
+        remat: str = "none",
+        start: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "M B T D"], RouterStats]:
+        """Hidden states that predict 2, 3, ... tokens ahead, and statistics, both stacked.
+
+        Args:
+            hidden: of the trunk.
+            following: for each depth k = 1, 2, ... the tokens k places on.
+            start: as for the trunk.
+        """
+        positions = positions_of(following[0], layout)
+
+        def step(module, hidden, tokens):
+            hidden, stats = module(hidden, self.embed(tokens, layout), positions, layout, start)
+            return hidden, (hidden, stats)
+
+        _, (hidden, stats) = scan(step, self.mtp, hidden, following, **self._how(layout, remat))
+        return hidden, stats
+
+    def logits(
+        self, hidden: Float[Array, "B T D"], layout: Layout = ONE_DEVICE
+    ) -> Float32[Array, "B T V"]:
+        """The output head over all of the vocabulary; for few positions at a time."""
+        rows = rearrange(hidden, "b t d -> (b t) d")
+        logits = project(rows, self.head[...].astype(hidden.dtype), layout.mesh)
+        return rearrange(logits, "(b t) v -> b t v", b=hidden.shape[0])
+
+    def _how(self, layout: Layout, remat: str) -> dict:
+        return {"layout": layout, "compute": self.policy.compute, "remat": remat}
+
+
+def positions_of(tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE) -> Int[Array, "B T"]:
+    """0, 1, 2, ... in every row; in later slices of a sequence, on from there."""
+    return jnp.broadcast_to(places(tokens.shape[1], layout)[None, :], tokens.shape)
+
+
+def abstract_model(config: ModelConfig, policy: Policy) -> DeepSeekV3:
+    """The model's shapes without its numbers: takes no memory at any size."""
+    return nnx.eval_shape(lambda: DeepSeekV3(config, policy, rngs=nnx.Rngs(0)))
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of the main model, of the MTP modules, and of the released files.
+
+    The balance biases count, as they are tensors of the released weights; those repeat embedding
+    and head in every MTP module.
+    """
+    model = abstract_model(config, Policy())
+
+    def size(tree) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(tree, (nnx.Param, BalanceBias))))
+
+    table = config.vocab_size * config.width
+    mtp = size(model.mtp) if config.mtp_depth else 0
+    main = size(model) - mtp
+    return {"main": main, "mtp": mtp, "released": main + mtp + 2 * table * config.mtp_depth}

@@ -1,0 +1,45 @@
+"""Multi-token prediction (report sec. 2.2): module k predicts token i + k + 1 from position i.
+
+    h'_i = M [norm(Emb(t_{i+k})); norm(h_i)]        h^k = block(h')
+
+h of the first module is the main model's hidden state after its final norm, as in the released
+weights; every module's own final norm likewise precedes the shared output head and the next
+module. Embedding and head are the main model's.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import MoEBlock
+from dsv3_jax.model.moe import RouterStats
+from dsv3_jax.model.norm import RMSNorm
+from dsv3_jax.params import Linear
+from dsv3_jax.shapes import Array, Float, Int
+from sharding.layout import Layout
+
+
+class MTP(nnx.Module):
+    """One depth of the chain."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width, eps = config.width, config.norm_eps
+        self.embedding_norm = RMSNorm(width, eps)
+        self.hidden_norm = RMSNorm(width, eps)
+        self.join = Linear(
+            2 * width, width, ("embed", "embed"), config.init_std, fp8=False, rngs=rngs
+        )
+        self.block = MoEBlock(config, rngs=rngs)
+        self.norm = RMSNorm(width, eps)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        layout: Layout,
+        start: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        pair = [self.embedding_norm(embedded), self.hidden_norm(hidden)]
+        x, stats = self.block(self.join(jnp.concatenate(pair, axis=-1)), positions, layout, start)
+        return self.norm(x), stats

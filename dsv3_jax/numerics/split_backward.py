@@ -1,0 +1,122 @@
+"""Products whose backward leaves the gradient of the weight for later (report sec. 3.2.1).
+
+For the rank before, a pipeline stage needs the gradient of its input soon; that of its weights can
+wait until there is nothing else to do. So the backward of a `Deferred` weight hands out, instead of
+x^T dy, both factors: as the gradients of arrays that nothing reads. `weight_gradient` is the rest.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.numerics import fp8, gmm
+from dsv3_jax.numerics.fp8 import Factors, Fp8Weight, Keep
+from dsv3_jax.numerics.quantize import Scaled
+from dsv3_jax.shapes import Array, Float, Float32, Int
+
+
+class Shapes(dict):
+    """Of the factors of weights, by name; to be found out by a run of `jax.eval_shape`."""
+
+
+@jax.tree_util.register_static
+class Name(str):
+    """Of a parameter: part of a pytree's structure, not of its leaves."""
+
+
+class Deferred(NamedTuple):
+    """A weight in use."""
+
+    weight: Array | Fp8Weight
+    name: Name
+    factors: Factors | Shapes  # never read; their gradients are the factors of the weight's
+
+
+def deferred_product(keep: Keep, x, w: Deferred, sizes, platform: str) -> Float[Array, "r F"]:
+    """x [r D] times W [D F]; with `sizes`, rows of group i times `W[i]`, as `grouped_matmul`."""
+    if isinstance(w.factors, Shapes):
+        _note(keep, x, w, sizes)
+        return _forward(keep, platform, x, w.weight, sizes)[0]
+    return _product(keep, platform, x, w.weight, w.factors, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(keep: Keep, platform: str, x, w, factors, sizes):
+    return _forward(keep, platform, x, w, sizes)[0]
+
+
+def _forward(keep: Keep, platform: str, x, w, sizes):
+    if isinstance(w, Fp8Weight):
+        return fp8.forward(keep, x, w, sizes, training=True)
+    x = x if keep.name is None else checkpoint_name(x, keep.name)
+    if sizes is None:
+        return jnp.einsum("rD,DF->rF", x, w.astype(x.dtype)), (x, w, sizes)
+    return gmm.product(x, w.astype(x.dtype), sizes, platform), (x, w, sizes)
+
+
+def _backward(keep: Keep, platform: str, saved, grad):
+    x, w, sizes = saved[:3]
+    if isinstance(w, Fp8Weight):
+        d_x, factors, _ = fp8.backward(keep, saved, grad)
+        return d_x, None, factors, None
+    if sizes is None:
+        d_x, groups = jnp.einsum("rF,DF->rD", grad, w.astype(grad.dtype)), None
+    else:
+        d_x = gmm.product(grad, w.astype(grad.dtype), sizes, platform, transposed=True)
+        groups = sizes.astype(jnp.float32)
+    return d_x, None, Factors(x, grad, groups), None
+
+
+_product.defvjp(
+    lambda keep, platform, x, w, factors, sizes: _forward(keep, platform, x, w, sizes), _backward
+)
+
+
+def deferred_gated_product(keep: Keep, hidden, gates, w: Deferred, sizes) -> Float[Array, "r D"]:
+    """(gates * SwiGLU(hidden)) W in FP8, of whose backward `hidden` is what is kept."""
+    if isinstance(w.factors, Shapes):
+        _note(Keep(), hidden[:, : hidden.shape[1] // 2], w, sizes)
+        return fp8.gated_forward(keep, hidden, gates, w.weight, sizes)[0]
+    return _gated_product(keep, hidden, gates, w.weight, w.factors, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_product(keep: Keep, hidden, gates, w, factors, sizes):
+    return fp8.gated_forward(keep, hidden, gates, w, sizes)[0]
+
+
+def _gated_backward(keep: Keep, saved, grad):
+    d_inputs, factors, _ = fp8.gated_backward(saved, grad)
+    return *d_inputs, None, factors, None
+
+
+_gated_product.defvjp(
+    lambda keep, hidden, gates, w, factors, sizes: fp8.gated_forward(keep, hidden, gates, w, sizes),
+    _gated_backward,
+)
+
+
+def _note(keep: Keep, x, w: Deferred, sizes):
+    """Write down the shapes of the factors of a product."""
+    if w.name in w.factors:
+        raise ValueError(f"the weight {w.name} is used twice in a layer, so no gradient can wait")
+
+    def factors(x, w, sizes):
+        y, saved = _forward(keep, "cpu", x, w, sizes)
+        return _backward(keep, "cpu", saved, y)[2]
+
+    w.factors[w.name] = jax.eval_shape(factors, x, w.weight, sizes)
+
+
+def weight_gradient(factors: Factors, platform: str) -> Float32[Array, "..."]:
+    """The gradient of a weight [D F] or [e D F], in float32."""
+    x, grad, sizes = factors
+    if isinstance(x, Scaled):
+        return fp8.weight_gradient(factors, platform)
+    if sizes is None:
+        return jnp.einsum("rD,rF->DF", x, grad, preferred_element_type=jnp.float32)
+    groups: Int[Array, " e"] = sizes.astype(jnp.int32)
+    return gmm.outer(x, grad, groups, platform, jnp.float32)

@@ -1,0 +1,106 @@
+"""What a run says: its first lines, the row of a step, what was wrong with one."""
+
+import zlib
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.hardware import multiplies_fp8
+from dsv3_jax.mesh_checks import why_not
+from dsv3_jax.pipeline_plan import Pipeline
+from dsv3_jax.training import plots
+from dsv3_jax.training.step import Metrics
+from sharding.mesh import MeshSpec
+
+
+def announcement(
+    config: Config, mesh: MeshSpec, corpus: Corpus, n_parameters: int, first: int
+) -> str:
+    """What is trained, where, on what, and from where on."""
+    init = config.init_from
+    start = f"starting with the weights of {init}" if init else "starting"
+    where = f"resuming at step {first}" if first else start
+    return (
+        f"{config.name}: {n_parameters:,} parameters on mesh {mesh} "
+        f"({mesh.n_devices} {jax.default_backend()} devices), {where}\n"
+        f"text: {config.data.source}, {corpus.n_train_tokens:,} tokens of "
+        f"{config.model.vocab_size:,}; held out, unigram entropy {corpus.unigram_entropy:.4f} nats"
+    )
+
+
+def of_pipeline(config: Config, mesh: MeshSpec, pipeline: Pipeline) -> str:
+    """The schedule, and if it was chosen for want of micro-batches why."""
+    why = ""
+    if config.pipeline.schedule == "auto" and pipeline.table.schedule.name == "zb1p":
+        why = f" ({why_not('dualpipe', config, mesh)})"
+    return f"pipeline: {pipeline}{why}"
+
+
+def of_fp8(config: Config) -> str:
+    """Whether FP8 is emulated; empty if not."""
+    kind = jax.local_devices()[0].device_kind
+    if config.precision.products != "fp8" or multiplies_fp8(kind):
+        return ""
+    return f"precision.products=fp8: {kind} devices emulate it; that is as exact, but no faster"
+
+
+def row_of(step: int, tokens: int, numbers: Metrics) -> dict[str, int | float]:
+    """The row of a step in the metrics."""
+    router = numbers.router
+    row = {
+        "step": step,
+        "tokens": tokens,
+        "loss": float(numbers.losses.main),
+        "mtp_loss": float(numbers.losses.mtp),
+        "balance_loss": float(numbers.losses.balance),
+        "grad_norm": float(numbers.grad_norm),
+        "lr": float(numbers.lr),
+    }
+    if router is not None:
+        row["max_violation"] = float(plots.max_violation(router.load).max())
+        row["dropped_tokens"] = int(router.load.sum() - router.sent.sum())
+        row["dispatch_rounds"] = int(router.rounds.max())
+    return row | ({"skipped": 1} if numbers.skipped else {})
+
+
+def why_skipped(numbers: Metrics, model: ModelConfig) -> str:
+    """What was wrong with a step; names the layers whose router had no finite logits."""
+    norm, allowed = float(numbers.grad_norm), float(numbers.allowed_norm)
+    reasons = []
+    if not np.isfinite(norm):
+        reasons.append(f"the gradient is not finite (norm {norm})")
+    elif norm > allowed:
+        reasons.append(f"the gradient norm {norm:.4g} exceeds {allowed:.4g}")
+    if numbers.router is not None and numbers.router.lost.any():
+        layers = np.flatnonzero(numbers.router.lost) + model.n_dense
+        names = [
+            f"layer {layer}"
+            if layer < model.n_layers
+            else f"MTP module {layer - model.n_layers + 1}"
+            for layer in layers
+        ]
+        lost = int(numbers.router.lost.max())
+        reasons.append(f"the router logits of {lost:,} tokens are not finite in {', '.join(names)}")
+    return "; ".join(reasons)
+
+
+def identity(rows: dict[str, np.ndarray], begin: int, size: int) -> str:
+    """What a batch can be found again by: its place in the order, its rows of the text, a CRC."""
+    numbers = rows["rows"]
+    some = " ".join(map(str, numbers[:8].tolist())) + " ..." * (len(numbers) > 8)
+    crc = zlib.crc32(np.ascontiguousarray(rows["tokens"]).tobytes())
+    return (
+        f"sequences {begin:,} to {begin + size - 1:,} of the order, here rows {some} of the text, "
+        f"CRC-32 {crc:08x}"
+    )
+
+
+def end(rows: list[dict], unigram_entropy: float) -> str:
+    """The last held-out loss."""
+    loss = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
+    return (
+        f"done: held-out loss {loss:.4f}, {unigram_entropy - loss:.4f} nats below the unigram "
+        f"entropy {unigram_entropy:.4f}"
+    )

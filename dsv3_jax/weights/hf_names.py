@@ -1,0 +1,150 @@
+"""Official tensor names: the only file that knows them.
+
+Official matrices are [out, in], ours [in, out]; gate and up are two tensors there and one matrix
+here; an expert is a tensor there and an index here, as is a layer.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.deepseek import abstract_model
+from dsv3_jax.numerics.policy import Policy
+
+BIAS = "e_score_correction_bias"  # the one tensor that is float32 in every format
+TOP = {
+    "embedding": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+# Within a layer: our path -> official names, side by side where ours is one matrix.
+LAYER = {
+    "attention_norm.scale": ("input_layernorm.weight",),
+    "ffn_norm.scale": ("post_attention_layernorm.weight",),
+    "attention.q_down.kernel": ("self_attn.q_a_proj.weight",),
+    "attention.q_norm.scale": ("self_attn.q_a_layernorm.weight",),
+    "attention.q_up.kernel": ("self_attn.q_b_proj.weight",),
+    "attention.kv_down.kernel": ("self_attn.kv_a_proj_with_mqa.weight",),
+    "attention.kv_norm.scale": ("self_attn.kv_a_layernorm.weight",),
+    "attention.kv_up.kernel": ("self_attn.kv_b_proj.weight",),
+    "attention.out.kernel": ("self_attn.o_proj.weight",),
+    "ffn.router": ("mlp.gate.weight",),
+    "ffn.bias": (f"mlp.gate.{BIAS}",),
+    "ffn.shared.gate_up.kernel": (
+        "mlp.shared_experts.gate_proj.weight",
+        "mlp.shared_experts.up_proj.weight",
+    ),
+    "ffn.shared.down.kernel": ("mlp.shared_experts.down_proj.weight",),
+    "ffn.gate_up.kernel": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "ffn.down.kernel": ("mlp.down_proj.weight",),
+    "ffn.gate_up": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+    "ffn.down": ("mlp.experts.{e}.down_proj.weight",),
+    "embedding_norm.scale": ("enorm.weight",),
+    "hidden_norm.scale": ("hnorm.weight",),
+    "join.kernel": ("eh_proj.weight",),
+    "norm.scale": ("shared_head.norm.weight",),
+}
+WIDE = ("join.kernel",)
+SCALE = "_scale_inv"  # after the name of an FP8 tensor: the name of its scales
+MTP_COPIES = {"embed_tokens.weight": "embedding", "shared_head.head.weight": "head"}
+WITHOUT_Q_RANK = {"attention.q_up.kernel": ("self_attn.q_proj.weight",)}
+
+
+def official_names(path: str, config: ModelConfig) -> np.ndarray:
+    """Names of the tensors that one of our parameters is made of.
+
+    Returns:
+        Array of str [*stack parts]: stack is (), (layers,) or (layers, experts) as in our
+        parameter; parts stand side by side in its last dim.
+    """
+    if path in TOP:
+        return np.array([TOP[path]], dtype=object)
+    kind, _, inner = path.partition(".")
+    first, count = {
+        "dense": (0, config.n_dense),
+        "moe": (config.n_dense, config.n_layers - config.n_dense),
+        "mtp": (config.n_layers, config.mtp_depth),
+    }[kind]
+    table = LAYER if config.attention.q_rank is not None else LAYER | WITHOUT_Q_RANK
+    parts = table[inner.removeprefix("block.")]
+    layers = [f"model.layers.{layer}." for layer in range(first, first + count)]
+    if "{e}" not in parts[0]:
+        return np.array([[layer + part for part in parts] for layer in layers], dtype=object)
+    experts = range(config.moe.n_experts)
+    named = [[[layer + part.format(e=e) for part in parts] for e in experts] for layer in layers]
+    return np.array(named, dtype=object)
+
+
+@functools.cache
+def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter and balance bias of the model, by dotted path."""
+    state = nnx.state(abstract_model(config, Policy()))
+    return {path: leaf.shape for path, leaf in flatten(state).items()}
+
+
+def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a checkpoint of the config holds, by name."""
+    shapes = {}
+    for path, whole in our_shapes(config).items():
+        names = official_names(path, config)
+        shape = (*whole[names.ndim - 1 : -1], whole[-1] // names.shape[-1])
+        shapes |= dict.fromkeys(names.reshape(-1), shape[::-1] if is_turned(path) else shape)
+    return shapes
+
+
+def is_turned(path: str) -> bool:
+    """Whether the official matrix is the transpose of ours: all but embedding and head."""
+    return path not in TOP
+
+
+def is_fp8(path: str) -> bool:
+    """Whether the released files hold the parameter in FP8: the matrices of all layers.
+
+    Embedding, head, norms, router and the joint of MTP stay wide (report sec. 3.3.1).
+    """
+    inner = path.partition(".")[2].removeprefix("block.")
+    return inner not in WIDE and inner.rpartition(".")[2] in ("kernel", "gate_up", "down")
+
+
+def fp8_names(config: ModelConfig) -> set[str]:
+    """The tensors that the released files hold in FP8."""
+    named = (official_names(path, config) for path in our_shapes(config) if is_fp8(path))
+    return {name for names in named for name in names.reshape(-1)}
+
+
+def copies_in_mtp(config: ModelConfig) -> dict[str, str]:
+    """Tensors that a file may hold once more for every MTP layer -> those they repeat."""
+    layers = range(config.n_layers, config.n_layers + config.mtp_depth)
+    return {
+        f"model.layers.{layer}.{copy}": TOP[path]
+        for layer in layers
+        for copy, path in MTP_COPIES.items()
+    }
+
+
+def to_official(
+    values: Mapping[str, np.ndarray], config: ModelConfig, first: int = 0
+) -> dict[str, np.ndarray]:
+    """Official tensors from values in the shape of our parameters.
+
+    Args:
+        first: the layer that stacks begin with, if they are a part of the model's.
+    """
+    out = {}
+    for path, value in values.items():
+        names = official_names(path, config)
+        if is_turned(path):
+            names = names[first : first + len(value)]
+        for index in np.ndindex(names.shape[:-1]):
+            parts = np.split(np.asarray(value)[index], names.shape[-1], axis=-1)
+            turned = [part.T if is_turned(path) else part for part in parts]
+            out |= dict(zip(names[index], turned, strict=True))
+    return out
+
+
+def flatten(state: nnx.State) -> dict:
+    """The arrays of a model state by dotted path."""
+    return {".".join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
