@@ -1,4 +1,7 @@
-"""Chips: what one JAX device of each can do, and the names of slices of them.
+"""The chips that programs are planned and compiled for, and the names of slices of them.
+
+Each `Chip` has the peak rates, memory, links and XLA options of one of its JAX devices. A chip that
+is planned with but not here is compiled for ahead of time (`dsv3_jax/aot`).
 
 Sources: TPU: the "System architecture" tables of docs.cloud.google.com/tpu/docs/{v5p,v6e,tpu7x}.
 GPU: NVIDIA's data sheets (half of the figures with sparsity); the DeepSeek-V3 report, sec. 3.2.2.
@@ -13,42 +16,43 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Figures of one JAX device; FLOP/s are dense, bandwidths bytes a second.
+    """The figures of one JAX device: dense FLOP per second, bytes, and bytes per second.
 
-    TPUs lie on a torus of `torus_axes` axes. GPUs have none: they share a host by NVLink, and hosts
-    a network.
+    TPU chips are the nodes of a torus with `torus_axes` axes. GPUs have no torus: those of a host
+    are connected by NVLink, hosts by a network.
     """
 
     name: str
-    kind: str  # `device.device_kind` of its JAX devices
-    devices_a_chip: int = 1
-    bf16_peak: float
-    fp8_peak: float  # the bf16 figure where FP8 is emulated
+    device_kind: str  # `device.device_kind` of its JAX devices
+    devices_per_chip: int = 1
+    bf16_flops: float
+    fp8_flops: float  # equal to bf16_flops where FP8 is emulated
     hbm_bytes: float
     hbm_bandwidth: float
     torus_axes: int = 0
-    ici_bandwidth: float = 0.0  # a link, one direction; a chip's devices share its 2 links an axis
-    ring_size: int = 0  # an axis of at least this many chips closes to a ring
-    nvlink_bandwidth: float = 0.0  # a GPU, one direction
-    network_bandwidth: float = 0.0  # a GPU, one direction
-    dollars_per_hour: float | None = None  # of a chip
-    compiler_options: tuple[tuple[str, bool | int | str], ...] = ()  # for XLA
+    ici_bandwidth: float = 0.0  # per link and direction; a chip has 2 links per torus axis
+    min_ring_size: int = 0  # torus axes of at least this many chips have wrap-around links
+    nvlink_bandwidth: float = 0.0  # per GPU and direction
+    network_bandwidth: float = 0.0  # per GPU and direction
+    dollars_per_hour: float | None = None  # per chip
+    compiler_options: tuple[tuple[str, bool | int | str], ...] = ()  # XLA options
 
     def __post_init__(self):
         links = ("ici_bandwidth",) if self.torus_axes else ("nvlink_bandwidth", "network_bandwidth")
-        for name in ("devices_a_chip", "bf16_peak", "hbm_bytes", "hbm_bandwidth", *links):
+        for name in ("devices_per_chip", "bf16_flops", "hbm_bytes", "hbm_bandwidth", *links):
             if getattr(self, name) <= 0:
                 raise ValueError(f"chip {self.name}: {name}={getattr(self, name)} must be positive")
 
 
-# Options without which XLA lets compute wait for communication. All-to-alls run beside compute:
-EXCHANGE = (
+# Without these options XLA lets compute wait for communication.
+ASYNC_ALL_TO_ALL = (
     ("xla_tpu_enable_async_all_to_all", True),
     ("xla_tpu_force_async_all_to_all", True),
     ("xla_tpu_sparse_core_maximum_preloaded_async_calls", 0),
 )
-# SparseCores gather weights and scatter gradients, which take twice what the scheduler assumes:
-SPARSE_CORE = (
+# SparseCores gather weights and scatter gradients; both take twice the time that the scheduler
+# assumes, hence the multipliers.
+SPARSE_CORE_COLLECTIVES = (
     ("xla_tpu_enable_sparse_core_collective_offload_all_gather", True),
     ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", True),
     ("xla_tpu_use_tc_device_shape_on_sc", True),
@@ -57,62 +61,62 @@ SPARSE_CORE = (
     ("xla_tpu_sparse_core_all_gather_latency_multiplier", 2),
     ("xla_tpu_sparse_core_reduce_scatter_latency_multiplier", 2),
 )
-# Ragged products are a kernel that skips what is not there, not a dense product with a mask:
+# Ragged matmuls become a kernel that skips rows of no group, not a dense matmul with a mask.
 RAGGED_DOT = (("xla_tpu_enable_ragged_dot_kernel", True),)
 
 V5P = Chip(
     name="v5p",
-    kind="TPU v5",
-    bf16_peak=459e12,
-    fp8_peak=459e12,
-    hbm_bytes=95 * GIB,  # what programs can allocate of 96
+    device_kind="TPU v5",
+    bf16_flops=459e12,
+    fp8_flops=459e12,
+    hbm_bytes=95 * GIB,  # the part of 96 GiB that programs can allocate
     hbm_bandwidth=2765e9,
     torus_axes=3,
     ici_bandwidth=100e9,  # 1200e9 a chip, both ways over 6 links; many plan with 90e9 (uncertain)
-    ring_size=4,
-    compiler_options=EXCHANGE + SPARSE_CORE,
+    min_ring_size=4,
+    compiler_options=ASYNC_ALL_TO_ALL + SPARSE_CORE_COLLECTIVES,
 )
 V6E = Chip(
     name="v6e",
-    kind="TPU v6 lite",
-    bf16_peak=918e12,
-    fp8_peak=918e12,
-    hbm_bytes=32 * GIB,  # of this about 31.25 can be allocated (uncertain)
+    device_kind="TPU v6 lite",
+    bf16_flops=918e12,
+    fp8_flops=918e12,
+    hbm_bytes=32 * GIB,  # about 31.25 GiB of these can be allocated (uncertain)
     hbm_bandwidth=1638e9,
     torus_axes=2,
     ici_bandwidth=100e9,  # 800e9 a chip, both directions of 4 links; older pages say 896e9
-    ring_size=16,
-    compiler_options=EXCHANGE + SPARSE_CORE + RAGGED_DOT,
+    min_ring_size=16,
+    compiler_options=ASYNC_ALL_TO_ALL + SPARSE_CORE_COLLECTIVES + RAGGED_DOT,
 )
-TPU7X = Chip(  # Ironwood: a chip is two JAX devices; all but the links is half of the chip's figure
+TPU7X = Chip(  # Ironwood: a chip is two JAX devices, which share its links
     name="tpu7x",
-    kind="TPU7x",
-    devices_a_chip=2,
-    bf16_peak=2307e12 / 2,
-    fp8_peak=4614e12 / 2,
+    device_kind="TPU7x",
+    devices_per_chip=2,
+    bf16_flops=2307e12 / 2,
+    fp8_flops=4614e12 / 2,
     hbm_bytes=192 * GIB / 2,
     hbm_bandwidth=7380e9 / 2,
     torus_axes=3,
     ici_bandwidth=100e9,  # 1200e9 a chip, both directions of 6 links
-    ring_size=4,
-    compiler_options=EXCHANGE
+    min_ring_size=4,
+    compiler_options=ASYNC_ALL_TO_ALL
     + RAGGED_DOT
     + (("xla_tpu_enable_sparse_core_collective_offload_ragged_all_to_all", False),),
 )
 H100 = Chip(  # SXM
     name="h100",
-    kind="NVIDIA H100 80GB HBM3",
-    bf16_peak=989.5e12,
-    fp8_peak=1979e12,
+    device_kind="NVIDIA H100 80GB HBM3",
+    bf16_flops=989.5e12,
+    fp8_flops=1979e12,
     hbm_bytes=80 * GIB,
     hbm_bandwidth=3350e9,
     nvlink_bandwidth=450e9,  # 900e9 in both directions
-    network_bandwidth=50e9,  # a 400 Gb/s adapter a GPU, as in NVIDIA's DGX; clouds differ
+    network_bandwidth=50e9,  # one 400 Gb/s adapter per GPU, as in NVIDIA's DGX; clouds differ
 )
 H800 = dataclasses.replace(
     H100,
     name="h800",
-    kind="NVIDIA H800",
+    device_kind="NVIDIA H800",
     nvlink_bandwidth=160e9,  # report sec. 3.2.2; 400e9 in both directions by the data sheet
     network_bandwidth=50e9,  # InfiniBand, report sec. 3.2.2
     dollars_per_hour=2.0,  # report, table 1
@@ -121,27 +125,37 @@ CHIPS = {chip.name: chip for chip in (V5P, V6E, TPU7X, H100, H800)}
 
 
 def chip_named(name: str) -> Chip:
-    """The chip of that name, or a KeyError that lists those there are."""
+    """Return the chip called `name`.
+
+    Raises:
+        KeyError: no such chip; the message lists the known names.
+    """
     if name not in CHIPS:
         raise KeyError(f"unknown chip {name!r}; known: {', '.join(sorted(CHIPS))}")
     return CHIPS[name]
 
 
 def compiler_options(device_kind: str) -> dict[str, bool | int | str]:
-    """XLA's options for programs on such devices; none for CPUs and kinds that are not known."""
-    chips = (chip for chip in CHIPS.values() if chip.kind == device_kind)
+    """Return the XLA options for programs on `device_kind`; empty for CPUs and unknown kinds."""
+    chips = (chip for chip in CHIPS.values() if chip.device_kind == device_kind)
     return dict(next((chip.compiler_options for chip in chips), ()))
 
 
-def multiplies_fp8(device_kind: str) -> bool:
-    """Whether such devices have units for products in FP8; elsewhere these are emulated."""
-    return any(c.kind == device_kind and c.fp8_peak > c.bf16_peak for c in CHIPS.values())
+def has_fp8_units(device_kind: str) -> bool:
+    """Return whether devices of this kind multiply FP8 in hardware; others emulate it."""
+    return any(c.device_kind == device_kind and c.fp8_flops > c.bf16_flops for c in CHIPS.values())
 
 
-def chip_of(topology: str) -> tuple[Chip, int, tuple[int, ...]]:
-    """Chip, number of JAX devices and shape of a slice: "v5p:8x8x16" in chips, as libtpu writes it.
+def parse_topology(topology: str) -> tuple[Chip, int, tuple[int, ...]]:
+    """Return the chip, the number of JAX devices and the shape of a slice.
 
-    GPUs are written as hosts by GPUs a host: "h100:32x8".
+    Args:
+        topology: "v5p:8x8x16" in chips, as libtpu writes it; for GPUs the hosts and the GPUs per
+            host, "h100:32x8".
+
+    Raises:
+        KeyError: an unknown chip.
+        ValueError: sizes that are malformed or whose number is not the chip's number of axes.
     """
     family, _, sizes = topology.partition(":")
     chip, dims = chip_named(family), chip_named(family).torus_axes or 2
@@ -149,4 +163,4 @@ def chip_of(topology: str) -> tuple[Chip, int, tuple[int, ...]]:
         example = {3: "8x8x16", 2: "16x16"}[dims] if chip.torus_axes else "32x8 (hosts x GPUs)"
         raise ValueError(f"topology {topology!r}: expected {dims} sizes, as in {family}:{example}")
     shape = tuple(int(size) for size in sizes.split("x"))
-    return chip, math.prod(shape) * chip.devices_a_chip, shape
+    return chip, math.prod(shape) * chip.devices_per_chip, shape

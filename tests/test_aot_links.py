@@ -42,7 +42,7 @@ def test_a_real_mesh_is_timed_as_the_planner_would(name, box, ep, dp):
         tuple(a + b for a, b in zip(corner, inside, strict=True))
         for corner in itertools.product(*corners)
         for inside in grid(*box)
-        for _ in range(chip.devices_a_chip)
+        for _ in range(chip.devices_per_chip)
     ]
     torus = Torus(chip, shape, box)
     experts, replicas = range(ep), range(0, dp * ep, ep)

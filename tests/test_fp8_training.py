@@ -21,7 +21,7 @@ from reference import small_step
 from configs import load_preset
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
-from dsv3_jax.hardware import multiplies_fp8
+from dsv3_jax.hardware import has_fp8_units
 from dsv3_jax.layer_scan import scan
 from dsv3_jax.model.block import MoEBlock
 from dsv3_jax.model.ffn import SwiGLU
@@ -279,7 +279,7 @@ def test_weights_of_another_format_are_refused():
 
 def test_chips_with_units_for_fp8():
     has = {
-        kind: multiplies_fp8(kind) for kind in ("TPU7x", "NVIDIA H100 80GB HBM3", "TPU v5", "cpu")
+        kind: has_fp8_units(kind) for kind in ("TPU7x", "NVIDIA H100 80GB HBM3", "TPU v5", "cpu")
     }
     assert list(has.values()) == [True, True, False, False]
 

@@ -182,7 +182,7 @@ def test_every_mesh_lies_on_its_slice():
     for name, n_devices in (("v5p", 1024), ("v6e", 96), ("tpu7x", 24), ("h100", 48)):
         chip = hardware.chip_named(name)
         shape = shape_of(chip, n_devices)
-        assert math.prod(shape) * (chip.devices_a_chip if chip.torus_axes else 1) == n_devices
+        assert math.prod(shape) * (chip.devices_per_chip if chip.torus_axes else 1) == n_devices
         for mesh in plan.meshes(n_devices):
             assert links_of(chip, shape, mesh).group(("rank",)).exchange(1.0) >= 0
     assert shape_of(V5P, 1024) == (8, 8, 16)
@@ -274,14 +274,18 @@ def test_output(monkeypatch, capsys):
 def test_chips():
     names = {"v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
     for name, kind in names.items():
-        assert hardware.CHIPS[name].kind == kind
-        assert hardware.CHIPS[name].bf16_peak == BF16_PEAK[kind]
+        assert hardware.CHIPS[name].device_kind == kind
+        assert hardware.CHIPS[name].bf16_flops == BF16_PEAK[kind]
         assert hardware.compiler_options(kind)["xla_tpu_enable_async_all_to_all"] is True
-    assert hardware.compiler_options("cpu") == hardware.compiler_options(hardware.H100.kind) == {}
-    assert hardware.H100.bf16_peak == BF16_PEAK[hardware.H100.kind]
-    assert hardware.chip_of("v5p:8x8x16") == (V5P, 1024, (8, 8, 16))
-    assert hardware.chip_of("tpu7x:8x8x8") == (hardware.TPU7X, 1024, (8, 8, 8))
-    assert hardware.chip_of("h100:32x8") == (hardware.H100, 256, (32, 8))
+    assert (
+        hardware.compiler_options("cpu")
+        == hardware.compiler_options(hardware.H100.device_kind)
+        == {}
+    )
+    assert hardware.H100.bf16_flops == BF16_PEAK[hardware.H100.device_kind]
+    assert hardware.parse_topology("v5p:8x8x16") == (V5P, 1024, (8, 8, 16))
+    assert hardware.parse_topology("tpu7x:8x8x8") == (hardware.TPU7X, 1024, (8, 8, 8))
+    assert hardware.parse_topology("h100:32x8") == (hardware.H100, 256, (32, 8))
     assert override(V5P, "ici_bandwidth=9e10").ici_bandwidth == 9e10
 
 

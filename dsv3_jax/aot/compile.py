@@ -20,7 +20,7 @@ from jax.experimental import topologies
 
 from dsv3_jax.aot import gpu
 from dsv3_jax.config import Config
-from dsv3_jax.hardware import Chip, chip_of
+from dsv3_jax.hardware import Chip, parse_topology
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.training.step import lower_step
 from sharding.mesh import MeshSpec, check_devices, make_mesh, parse_mesh
@@ -55,7 +55,7 @@ def target_of(config: Config, mesh: str, topology: str) -> Target:
         ValueError: a mesh that isn't as large as the topology or doesn't divide the config.
         NotImplementedError: the compiler for the target is not installed.
     """
-    chip, n_devices, shape = chip_of(topology)
+    chip, n_devices, shape = parse_topology(topology)
     spec = parse_mesh(mesh, n_devices)
     check_devices(spec, n_devices, topology)
     check_mesh(config, spec)

@@ -43,7 +43,7 @@ class OnTorus:
         work at once; the devices of a chip share its links, and groups `apart` the ways between.
         """
         crossing = [n * apart / self._ways(n * apart, size) / 4 for n, apart, size in self.lines]
-        busiest = n_bytes * max(crossing, default=0.0) * self.chip.devices_a_chip
+        busiest = n_bytes * max(crossing, default=0.0) * self.chip.devices_per_chip
         return busiest / self.chip.ici_bandwidth
 
     def gather(self, n_bytes: float) -> float:
@@ -52,16 +52,16 @@ class OnTorus:
         Rings on every torus axis at once, both ways round.
         """
         rings = [self._ways(n * apart, size) / apart for n, apart, size in self.lines]
-        rate = sum(rings) * self.chip.ici_bandwidth / self.chip.devices_a_chip
+        rate = sum(rings) * self.chip.ici_bandwidth / self.chip.devices_per_chip
         return n_bytes / rate if rate else 0.0
 
     def hop(self, n_bytes: float) -> float:
         """Seconds to pass `n_bytes` on to a neighbour."""
-        return n_bytes * self.chip.devices_a_chip / self.chip.ici_bandwidth
+        return n_bytes * self.chip.devices_per_chip / self.chip.ici_bandwidth
 
     def _ways(self, span: int, size: int) -> int:
         """Directions round: 2 if so many chips of an axis close to a ring, else 1."""
-        return 2 if span == size >= self.chip.ring_size else 1
+        return 2 if span == size >= self.chip.min_ring_size else 1
 
 
 def on_torus(chip: Chip, lines: Iterable[Line]) -> OnTorus:
@@ -136,7 +136,7 @@ def links_of(chip: Chip, shape: tuple[int, ...], mesh: MeshSpec) -> Torus | Host
     """How `mesh` lies on a slice; on a torus, in the boxes with the fastest all-to-all."""
     if not chip.torus_axes:
         return Hosts(chip, shape[-1], mesh)
-    n_chips = mesh.ep // math.gcd(mesh.ep, chip.devices_a_chip)
+    n_chips = mesh.ep // math.gcd(mesh.ep, chip.devices_per_chip)
     sides = [[n for n in range(1, size + 1) if size % n == 0] for size in shape]
     boxes = [box for box in itertools.product(*sides) if math.prod(box) == n_chips]
     tori = [Torus(chip, shape, box) for box in boxes]
@@ -188,7 +188,7 @@ def rates(chip: Chip, shape: tuple[int, ...], places: list[Place]) -> Callable[[
 
 def shape_of(chip: Chip, n_devices: int) -> tuple[int, ...]:
     """The shape of a slice of so many devices: near a cube or square, or full hosts of 8 GPUs."""
-    group = chip.devices_a_chip if chip.torus_axes else min(8, max(n_devices, 1))
+    group = chip.devices_per_chip if chip.torus_axes else min(8, max(n_devices, 1))
     if n_devices < 1 or n_devices % group:
         raise ValueError(f"{n_devices} devices of {chip.name}: they come in groups of {group}")
     count = n_devices // group

@@ -28,8 +28,8 @@ def walk_of(config: Config, target: Target, folder: Path, compilation: Compilati
     module = hlo.parse(text_of(folder, HLO))
     known, unknown = hlo.trip_counts(module)
     machine = Machine(
-        peak_flops=chip.bf16_peak,
-        fp8_peak_flops=chip.fp8_peak,
+        peak_flops=chip.bf16_flops,
+        fp8_peak_flops=chip.fp8_flops,
         hbm_bandwidth=chip.hbm_bandwidth,
         link_rate=rates(chip, target.shape, compilation.places),
         ragged_fill=1.0 / config.parallel.capacity,
@@ -88,8 +88,8 @@ def report(
         "collectives": schedule.by_kind(),
         **overlap_of(schedule),
         "predicted_step_seconds": seconds,
-        "predicted_mfu": useful / n_devices / target.chip.bf16_peak / seconds,
-        "tokens_per_second_per_chip": tokens / seconds / n_devices * target.chip.devices_a_chip,
+        "predicted_mfu": useful / n_devices / target.chip.bf16_flops / seconds,
+        "tokens_per_second_per_chip": tokens / seconds / n_devices * target.chip.devices_per_chip,
         "pipeline": staged,
         "layers": {
             way: layer(walk.computation(body), tokens / target.mesh.data, target.mesh)

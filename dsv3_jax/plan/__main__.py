@@ -24,7 +24,7 @@ from dsv3_jax.cli import add_settings, errors_told
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.flops import activated_parameters, training_flops_per_token
-from dsv3_jax.hardware import CHIPS, GIB, H800, Chip, chip_named, chip_of
+from dsv3_jax.hardware import CHIPS, GIB, H800, Chip, chip_named, parse_topology
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.plan.memory import memory
@@ -71,7 +71,7 @@ def slice_of(arguments: argparse.Namespace, rows: int) -> tuple[Chip, int, tuple
     if arguments.topology and (arguments.chip or arguments.devices is not None):
         raise ValueError("give --topology, or --chip and --devices")
     if arguments.topology:
-        chip, n_devices, shape = chip_of(arguments.topology)
+        chip, n_devices, shape = parse_topology(arguments.topology)
     else:
         chip = chip_named(arguments.chip or "v5p")
         n_devices = arguments.devices
@@ -195,7 +195,7 @@ def run_bill(
     tokens: float, steps: list[tuple[str, float, int]], n_devices: int, chip: Chip
 ) -> list[dict]:
     """`tokens` tokens at each of (what, seconds a step, tokens a step)."""
-    n_chips = n_devices / chip.devices_a_chip
+    n_chips = n_devices / chip.devices_per_chip
     amount = f"{tokens / 1e12:.4g}T" if tokens > 1e11 else f"{tokens:,.0f}"
     return [
         bill_line(

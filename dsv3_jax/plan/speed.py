@@ -130,7 +130,7 @@ def speed(config: Config, mesh: MeshSpec, chip: Chip, shape: tuple[int, ...]) ->
     """Compute, update and the exposed communication one after the other, with balanced routing."""
     links, train = links_of(chip, shape, mesh), config.train
     useful, made = flops_per_token(config.model, train.seq_len, config.parallel.remat)
-    compute = made * tokens_a_device(config, mesh) / (EFFICIENCY * chip.bf16_peak)
+    compute = made * tokens_a_device(config, mesh) / (EFFICIENCY * chip.bf16_flops)
     exchange = links.group(("node", "rank")).exchange(exchange_bytes(config, mesh))
     exchange += links.group(("rank",)).exchange(context_bytes(config, mesh))
     zero = zero_seconds(config, mesh, links)
@@ -138,5 +138,5 @@ def speed(config: Config, mesh: MeshSpec, chip: Chip, shape: tuple[int, ...]) ->
     moved = exchange + zero + head
     step = max(compute + update + EXPOSED * moved, moved)
     rate = train.batch * train.seq_len / step
-    mfu = useful * rate / (mesh.n_devices * chip.bf16_peak)
+    mfu = useful * rate / (mesh.n_devices * chip.bf16_flops)
     return Speed(compute, exchange, zero, head, update, step, rate, mfu)

@@ -7,7 +7,7 @@ import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.hardware import multiplies_fp8
+from dsv3_jax.hardware import has_fp8_units
 from dsv3_jax.mesh_checks import why_not
 from dsv3_jax.pipeline_plan import Pipeline
 from dsv3_jax.training import plots
@@ -41,7 +41,7 @@ def of_pipeline(config: Config, mesh: MeshSpec, pipeline: Pipeline) -> str:
 def of_fp8(config: Config) -> str:
     """Whether FP8 is emulated; empty if not."""
     kind = jax.local_devices()[0].device_kind
-    if config.precision.products != "fp8" or multiplies_fp8(kind):
+    if config.precision.products != "fp8" or has_fp8_units(kind):
         return ""
     return f"precision.products=fp8: {kind} devices emulate it; that is as exact, but no faster"
 
