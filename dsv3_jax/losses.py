@@ -23,8 +23,8 @@ class Batch(NamedTuple):
     """Rows of T + 1 + D tokens (D = MTP depth); T of them are inputs, the rest targets only."""
 
     tokens: Int[Array, "B W"]
-    mask: Bool[Array, "B W"]  # which tokens count as targets
-    start: Int[Array, "B W"] | None = None  # where in its sequence each one's document begins
+    loss_mask: Bool[Array, "B W"]  # True = counts as a target
+    doc_start: Int[Array, "B W"] | None = None  # position where the document of each token begins
 
 
 class Losses(NamedTuple):
@@ -49,8 +49,8 @@ def training_loss(
     Returns:
         The losses, and the statistics of all MoE layers, those of MTP last.
     """
-    tokens, start = inputs_of(batch, model.config.mtp_depth)
-    hidden, stats = model.trunk(tokens, layout, remat, start)
+    tokens, doc_start = inputs_of(batch, model.config.mtp_depth)
+    hidden, stats = model.trunk(tokens, layout, remat, doc_start)
     counts = target_counts(batch, model.config.mtp_depth, layout)
     main, mtp, mtp_stats = output_losses(model, hidden, batch, counts, layout, remat)
     both = [part for part in (stats, mtp_stats) if part is not None]
@@ -61,10 +61,10 @@ def training_loss(
 
 
 def inputs_of(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None]:
-    """The tokens that the main model reads, and `start` of `causal_attention` for them."""
+    """The tokens that the main model reads, and `doc_start` of `causal_attention` for them."""
     length = batch.tokens.shape[1] - 1 - depth
-    start = None if batch.start is None else batch.start[:, :length]
-    return batch.tokens[:, :length], start
+    doc_start = None if batch.doc_start is None else batch.doc_start[:, :length]
+    return batch.tokens[:, :length], doc_start
 
 
 def targets_of(batch: Batch, ahead: int, length: int, layout: Layout) -> Bool[Array, "B T"]:
@@ -72,10 +72,10 @@ def targets_of(batch: Batch, ahead: int, length: int, layout: Layout) -> Bool[Ar
 
     With documents apart, none is to predict a token of another document.
     """
-    mask = batch.mask[:, ahead : ahead + length]
-    if batch.start is None:
+    mask = batch.loss_mask[:, ahead : ahead + length]
+    if batch.doc_start is None:
         return mask
-    return mask & (batch.start[:, ahead : ahead + length] <= places(length, layout)[None, :])
+    return mask & (batch.doc_start[:, ahead : ahead + length] <= places(length, layout)[None, :])
 
 
 def target_counts(batch: Batch, depth: int, layout: Layout) -> Float32[Array, " A"]:
@@ -105,8 +105,8 @@ def output_losses(
     if not depth:
         return main, jnp.zeros((), jnp.float32), None
     following = [batch.tokens[:, k : k + length] for k in range(1, depth + 1)]
-    start = inputs_of(batch, depth)[1]
-    ahead, stats = model.mtp_trunk(hidden, jnp.stack(following), layout, remat, start)
+    doc_start = inputs_of(batch, depth)[1]
+    ahead, stats = model.mtp_trunk(hidden, jnp.stack(following), layout, remat, doc_start)
     terms = [_mean_loss(model, ahead[k], batch, k + 2, counts[k + 1], layout) for k in range(depth)]
     return main, sum(terms) / depth, stats
 

@@ -35,22 +35,22 @@ def arrays() -> tuple[np.ndarray, ...]:
     return tuple(rng.normal(size=(N_ROWS, N_HEADS, LENGTH, d)).astype(np.float32) for d in dims)
 
 
-def twin(q, k, v, start):
-    """Place by place: softmax over the keys from `start` to the query's own place."""
+def twin(q, k, v, doc_start):
+    """Place by place: softmax over the keys from `doc_start` to the query's own place."""
     out = np.zeros(v.shape)
     for row, head, t in np.ndindex(N_ROWS, N_HEADS, LENGTH):
-        past = slice(start[row, t], t + 1)
+        past = slice(doc_start[row, t], t + 1)
         scores = SCALE * k[row, head, past].astype(float) @ q[row, head, t]
         weights = np.exp(scores - scores.max())
         out[row, head, t] = weights / weights.sum() @ v[row, head, past]
     return out
 
 
-def dense(q, k, v, start):
+def dense(q, k, v, doc_start):
     """The same with a mask over all T x T products, for jax.grad."""
     place = jnp.arange(LENGTH)
     seen = (place[None, None, :] <= place[None, :, None]) & (
-        place[None, None, :] >= start[:, :, None]
+        place[None, None, :] >= doc_start[:, :, None]
     )
     scores = jnp.einsum("BHTK,BHSK->BHTS", q, k) * SCALE
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
@@ -58,8 +58,8 @@ def dense(q, k, v, start):
 
 
 def values_and_gradients(attention):
-    def both(q, k, v, grad, start):
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, start), q, k, v)
+    def both(q, k, v, grad, doc_start):
+        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, doc_start), q, k, v)
         return out, *pull(grad)
 
     return jax.jit(both)
@@ -69,11 +69,11 @@ def values_and_gradients(attention):
 def program(chunk: int, spans: int = 8):
     """`causal_attention` with queries taken `chunk` at a time, and its gradients."""
 
-    def chunked(q, k, v, start):
+    def chunked(q, k, v, doc_start):
         with pytest.MonkeyPatch.context() as patch:  # in force while it is traced
             patch.setattr(attention, "QUERY_CHUNK", chunk)
             patch.setattr(attention, "SPANS", spans)
-            return attention.causal_attention(q, k, v, SCALE, start)
+            return attention.causal_attention(q, k, v, SCALE, doc_start)
 
     return values_and_gradients(chunked)
 
@@ -102,11 +102,13 @@ def test_start_of_zeros_is_none(chunk):
 def test_documents_do_not_see_each_other():
     """Neither values nor gradients of one depend on what another holds."""
     q, k, v, grad = arrays()
-    start = STARTS["documents"]
+    doc_start = STARTS["documents"]
 
     @jax.jit
     def both(k, v):
-        out, pull = jax.vjp(lambda k, v: attention.causal_attention(q, k, v, SCALE, start), k, v)
+        out, pull = jax.vjp(
+            lambda k, v: attention.causal_attention(q, k, v, SCALE, doc_start), k, v
+        )
         return out, *pull(grad)
 
     first, other = slice(0, 3), slice(3, None)  # of row 0

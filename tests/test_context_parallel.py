@@ -138,8 +138,8 @@ def test_documents_are_as_if_each_was_alone():
     rng = np.random.default_rng(2)
     documents = [np.append(rng.integers(END + 1, VOCAB, n), END) for n in (4, 7, 2, 1, 6, 5)]
     together = rows_of([documents[:3], documents[3:]])
-    packed = together._replace(start=document_starts(together.tokens, END))
-    np.testing.assert_array_equal(np.unique(packed.start[0]), [0, 5, 13, 16])
+    packed = together._replace(doc_start=document_starts(together.tokens, END))
+    np.testing.assert_array_equal(np.unique(packed.doc_start[0]), [0, 5, 13, 16])
     alone = rows_of([[one] for one in documents])
     (losses, _, grads), want = run("dp1", config, packed), run("dp1", config, alone)
     np.testing.assert_allclose(losses.main, want[0].main, rtol=2e-6)

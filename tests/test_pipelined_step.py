@@ -64,7 +64,9 @@ def test_masks_and_crowded_experts():
     """Targets differ from micro-batch to micro-batch, and the exchange takes several rounds."""
     config = config_with(5, 8, "pipeline.schedule=dualpipe")
     rng, whole = np.random.default_rng(3), batch_of(8)
-    batch = Batch(whole.tokens, rng.uniform(size=whole.mask.shape) < np.linspace(0, 1, 8)[:, None])
+    batch = Batch(
+        whole.tokens, rng.uniform(size=whole.loss_mask.shape) < np.linspace(0, 1, 8)[:, None]
+    )
     params, bias = parameters(config)
     crowded = jax.tree.map(
         lambda x: x + np.where(np.arange(x.shape[-1]) < 2, 1e3, 0)[None, :], bias

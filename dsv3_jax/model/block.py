@@ -32,7 +32,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         layout: Layout,
-        start: Int[Array, "B T"] | None,
+        doc_start: Int[Array, "B T"] | None,
         n: int,
         between: Between = None,
     ) -> list[tuple[Float[Array, "B S D"], Routed | None]]:
@@ -42,7 +42,7 @@ class Block(nnx.Module):
         before the first exchange.
         """
         parts = []
-        attended = self.attended(self.attention_norm(x), positions, layout, start, n)
+        attended = self.attended(self.attention_norm(x), positions, layout, doc_start, n)
         for before, change in zip(jnp.split(x, n, axis=1), attended, strict=True):
             residual = checkpoint_name(before + change, "residual")
             if between is not None and not parts:
@@ -55,7 +55,7 @@ class Block(nnx.Module):
         h: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         layout: Layout,
-        start: Int[Array, "B T"] | None,
+        doc_start: Int[Array, "B T"] | None,
         n: int,
     ) -> Iterator[Float[Array, "B S D"]]:
         """Attention of one piece of the sequence after the other.
@@ -65,7 +65,7 @@ class Block(nnx.Module):
         lie over several ranks, all have their attention at once.
         """
         if layout.context > 1:
-            yield from jnp.split(self.attention(h, positions, layout, start), n, axis=1)
+            yield from jnp.split(self.attention(h, positions, layout, doc_start), n, axis=1)
             return
         keys, values = self.attention.keys_values(self.attention.latents(h, positions))
         length = h.shape[1] // n
@@ -75,7 +75,7 @@ class Block(nnx.Module):
                 self.attention.queries(h[:, rows], positions[:, rows]),
                 keys[:, :, past],
                 values[:, :, past],
-                None if start is None else start[:, past],
+                None if doc_start is None else doc_start[:, past],
                 layout,
             )
 
@@ -98,11 +98,11 @@ class DenseBlock(Block):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         layout: Layout,
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
         between: Between = None,
     ) -> tuple[Float[Array, "B T D"], None]:
-        """x after both layers; `start` as in `causal_attention`."""
-        return self.pieces(x, positions, layout, start, 1, between)[0]
+        """x after both layers; `doc_start` as in `causal_attention`."""
+        return self.pieces(x, positions, layout, doc_start, 1, between)[0]
 
     def feed(self, x: Float[Array, "B T D"], layout: Layout) -> tuple[Float[Array, "B T D"], None]:
         return x + self.ffn(self.ffn_norm(x)), None
@@ -120,11 +120,11 @@ class MoEBlock(Block):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         layout: Layout,
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
         between: Between = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """x after both layers, in `layout.pieces`; `start` as in `causal_attention`."""
-        pieces = self.pieces(x, positions, layout, start, layout.pieces, between)
+        """x after both layers, in `layout.pieces`; `doc_start` as in `causal_attention`."""
+        pieces = self.pieces(x, positions, layout, doc_start, layout.pieces, between)
         parts, routed = zip(*pieces, strict=True)
         stats = router_stats(routed, self.ffn.config.top_k, layout)
         return jnp.concatenate(parts, axis=1), stats

@@ -45,15 +45,15 @@ class DeepSeekV3(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         layout: Layout = ONE_DEVICE,
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
     ) -> Float32[Array, "B T V"]:
         """Logits of the next token at every position.
 
         Args:
-            start: the first place of its row that each token sees, at most its own (left padding,
-                packed documents); None if that is 0.
+            doc_start: the first position of its row that each token sees, at most its own (left
+                padding, packed documents); None if 0.
         """
-        hidden, _ = self.trunk(tokens, layout, start=start)
+        hidden, _ = self.trunk(tokens, layout, doc_start=doc_start)
         return self.logits(hidden, layout)
 
     def mtp_logits(
@@ -75,11 +75,11 @@ class DeepSeekV3(nnx.Module):
         tokens: Int[Array, "B T"],
         layout: Layout = ONE_DEVICE,
         remat: str = "none",
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Hidden states after the final norm, and the MoE layers' statistics, stacked."""
-        x = self.prefix(tokens, layout, remat, start)
-        x, stats = self._layers(self.moe, x, positions_of(tokens, layout), layout, remat, start)
+        x = self.prefix(tokens, layout, remat, doc_start)
+        x, stats = self._layers(self.moe, x, positions_of(tokens, layout), layout, remat, doc_start)
         return self.norm(x), stats
 
     def prefix(
@@ -87,19 +87,21 @@ class DeepSeekV3(nnx.Module):
         tokens: Int[Array, "B T"],
         layout: Layout,
         remat: str,
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The input of the first MoE layer: embeddings through the dense layers."""
         x, positions = self.embed(tokens, layout), positions_of(tokens, layout)
-        return self._layers(self.dense, x, positions, layout, remat, start)[0]
+        return self._layers(self.dense, x, positions, layout, remat, doc_start)[0]
 
-    def _layers(self, blocks: nnx.Module | None, x, positions, layout: Layout, remat: str, start):
+    def _layers(
+        self, blocks: nnx.Module | None, x, positions, layout: Layout, remat: str, doc_start
+    ):
         """x after stacked blocks, and their statistics; without blocks x and None."""
         if blocks is None:
             return x, None
 
         def step(block, x, between=None):
-            return block(x, positions, layout, start, between)
+            return block(x, positions, layout, doc_start, between)
 
         run = scan_ahead if layout.zero == 3 else functools.partial(scan, xs=None)
         return run(step, blocks, x, **self._how(layout, remat))
@@ -110,19 +112,19 @@ class DeepSeekV3(nnx.Module):
         following: Int[Array, "M B T"],
         layout: Layout = ONE_DEVICE,
         remat: str = "none",
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "M B T D"], RouterStats]:
         """Hidden states that predict 2, 3, ... tokens ahead, and statistics, both stacked.
 
         Args:
             hidden: of the trunk.
             following: for each depth k = 1, 2, ... the tokens k places on.
-            start: as for the trunk.
+            doc_start: as for the trunk.
         """
         positions = positions_of(following[0], layout)
 
         def step(module, hidden, tokens):
-            hidden, stats = module(hidden, self.embed(tokens, layout), positions, layout, start)
+            hidden, stats = module(hidden, self.embed(tokens, layout), positions, layout, doc_start)
             return hidden, (hidden, stats)
 
         _, (hidden, stats) = scan(step, self.mtp, hidden, following, **self._how(layout, remat))

@@ -75,14 +75,14 @@ class MLA(nnx.Module):
         h: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         layout: Layout = ONE_DEVICE,
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attention of every token to the past; `start` as in `causal_attention`."""
+        """Attention of every token to the past; `doc_start` as in `causal_attention`."""
         q = self.queries(h, positions)
         q = Queries(to_heads(q.nope, layout), to_heads(q.rope, layout))
         pairs = self.keys_values(self.latents(h, positions), layout)
-        start = None if start is None else whole(start, layout)
-        return self.expanded(q, *pairs, start, layout)
+        doc_start = None if doc_start is None else whole(doc_start, layout)
+        return self.expanded(q, *pairs, doc_start, layout)
 
     def queries(self, h: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Queries:
         a = self.config
@@ -115,15 +115,15 @@ class MLA(nnx.Module):
         q: Queries,
         keys: Float[Array, "B H S K"],
         values: Float[Array, "B H S O"],
-        start: Int[Array, "B S"] | None,
+        doc_start: Int[Array, "B S"] | None,
         layout: Layout,
     ) -> Float[Array, "B t D"]:
         """Attention of the last T of S tokens, with keys and values of every head.
 
         Args:
-            start: as in `causal_attention`.
+            doc_start: as in `causal_attention`.
         """
-        how = (rope.softmax_scale(self.config), start, layout.mesh.platform)
+        how = (rope.softmax_scale(self.config), doc_start, layout.mesh.platform)
         o = causal_attention(jnp.concatenate(q, axis=-1), keys, values, *how)
         o = to_slices(o, layout)
         return self.out(rearrange(o, "b h t o -> b t (h o)"), ATTENDED)

@@ -38,8 +38,10 @@ class MTP(nnx.Module):
         embedded: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         layout: Layout,
-        start: Int[Array, "B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         pair = [self.embedding_norm(embedded), self.hidden_norm(hidden)]
-        x, stats = self.block(self.join(jnp.concatenate(pair, axis=-1)), positions, layout, start)
+        x, stats = self.block(
+            self.join(jnp.concatenate(pair, axis=-1)), positions, layout, doc_start
+        )
         return self.norm(x), stats

@@ -29,22 +29,22 @@ def causal_attention(
     k: Float[Array, "B H S K"],
     v: Float[Array, "B H S O"],
     scale: float,
-    start: Int[Array, "B S"] | None = None,
+    doc_start: Int[Array, "B S"] | None = None,
     platform: str = "cpu",
 ) -> Float[Array, "B H T O"]:
     """softmax(q k^T * scale) v over the past; the queries are those of the last T of S places.
 
     Args:
-        start: the place where the text of each token begins, at most its own; None if that is 0.
+        doc_start: position at which the document of each token begins, at most its own; None if 0.
             It leaves out padding on the left, and other documents of the same row.
         platform: of the devices; on "tpu" the fused kernel, if T and S are multiples of 128.
     """
     if platform == "tpu" and not (q.shape[2] % KERNEL_LANES or k.shape[2] % KERNEL_LANES):
-        return fused_attention(q, k, v, scale, start)
-    return chunked_attention(q, k, v, scale, start)
+        return fused_attention(q, k, v, scale, doc_start)
+    return chunked_attention(q, k, v, scale, doc_start)
 
 
-def fused_attention(q, k, v, scale: float, start=None, interpret: bool = False):
+def fused_attention(q, k, v, scale: float, doc_start=None, interpret: bool = False):
     """`causal_attention` by JAX's splash attention kernel for TPUs.
 
     Compiled for v5p and tpu7x; its numbers are compared with `chunked_attention` in interpret mode.
@@ -61,9 +61,9 @@ def fused_attention(q, k, v, scale: float, start=None, interpret: bool = False):
         interpret=interpret,
     )
     q = (q * scale).astype(q.dtype)
-    if start is None:
+    if doc_start is None:
         return jax.vmap(kernel)(q, k, v)
-    texts = splash_attention_kernel.SegmentIds(q=start[:, n_keys - n_queries :], kv=start)
+    texts = splash_attention_kernel.SegmentIds(q=doc_start[:, n_keys - n_queries :], kv=doc_start)
     return jax.vmap(kernel)(q, k, v, texts)
 
 
@@ -104,7 +104,7 @@ def _block_sizes(n_queries: int, n_keys: int) -> splash_attention_kernel.BlockSi
     )
 
 
-def chunked_attention(q, k, v, scale: float, start=None):
+def chunked_attention(q, k, v, scale: float, doc_start=None):
     """`causal_attention` with queries taken `QUERY_CHUNK` at a time.
 
     Few chunks see the keys up to them. Many go through `SPANS` loops, whose chunks see the keys up
@@ -117,45 +117,45 @@ def chunked_attention(q, k, v, scale: float, start=None):
     parts = []
     for begin, end in zip(ends[:-1], ends[1:], strict=True):
         rows, past = slice(begin, end), slice(first + end)
-        begins = None if start is None else start[:, first:][:, rows]
+        begins = None if doc_start is None else doc_start[:, first:][:, rows]
         keys_values = (k[:, :, past], v[:, :, past])
         parts.append(_loop(q[:, :, rows], *keys_values, begins, first + begin, step, scale))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
 
 
-def _loop(q, k, v, start, first: int, step: int, scale: float):
+def _loop(q, k, v, doc_start, first: int, step: int, scale: float):
     """`_attend` with queries taken `step` at a time in a loop, if there are more."""
     if q.shape[2] <= step:
-        return _attend(q, k, v, start, first, scale)
+        return _attend(q, k, v, doc_start, first, scale)
 
     @jax.checkpoint
     def chunk(part):
-        q, start, first = part
-        return _attend(q, k, v, start, first, scale)
+        q, doc_start, first = part
+        return _attend(q, k, v, doc_start, first, scale)
 
     n = q.shape[2] // step
-    starts = None if start is None else rearrange(start, "b (n t) -> n b t", n=n)
+    starts = None if doc_start is None else rearrange(doc_start, "b (n t) -> n b t", n=n)
     parts = (rearrange(q, "b h (n t) k -> n b h t k", n=n), starts, first + step * jnp.arange(n))
     o = rearrange(jax.lax.map(chunk, parts), "n b h t o -> b h (n t) o")
     return checkpoint_name(o, "attention")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, start, first: int | jax.Array, scale: float):
+def _attend(q, k, v, doc_start, first: int | jax.Array, scale: float):
     """Attention of queries at places first, first + 1, ... to keys at places 0, 1, ...
 
     The backward needs sum over keys of p dp, which equals sum over value dims of o do and is
     cheaper so. Source: FlashAttention (arXiv 2205.14135), appendix B.2.
     """
-    return _attend_forward(q, k, v, start, first, scale)[0]
+    return _attend_forward(q, k, v, doc_start, first, scale)[0]
 
 
-def _attend_forward(q, k, v, start, first, scale):
+def _attend_forward(q, k, v, doc_start, first, scale):
     scores = jnp.einsum("BHTK,BHSK->BHTS", q, k, preferred_element_type=jnp.float32) * scale
     place = jnp.arange(k.shape[2])
     seen = (first + jnp.arange(q.shape[2])[:, None] >= place[None, :])[None, None]
-    if start is not None:
-        seen = seen & (place[None, None, None, :] >= start[:, None, :, None])
+    if doc_start is not None:
+        seen = seen & (place[None, None, None, :] >= doc_start[:, None, :, None])
     scores = jnp.where(seen, scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)

@@ -25,15 +25,15 @@ def batch_of(rows: Int32[np.ndarray, "b row"], config: Config, mesh: Mesh, end_i
     n_groups = spec_of(mesh).data // context // share_of_process(mesh, context)[1]
     part, n_parts = slices_of_process(mesh, context)
     more = ((0, -len(rows) % n_groups), (0, 0))
-    mask, rows = np.pad(np.ones(rows.shape, bool), more), np.pad(rows, more)
-    start = document_starts(rows, end_id) if config.data.mask_documents else None
+    loss_mask, rows = np.pad(np.ones(rows.shape, bool), more), np.pad(rows, more)
+    doc_start = document_starts(rows, end_id) if config.data.mask_documents else None
 
     def place(x: np.ndarray) -> jax.Array:
         own = np.split(slices(x, context, extra), n_parts)[part]
         own = rearrange(own, "n (g b) w -> (g n b) w", g=n_groups)
         return on_devices(own, mesh, BATCH)
 
-    return jax.tree.map(place, Batch(rows, mask, start))
+    return jax.tree.map(place, Batch(rows, loss_mask, doc_start))
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -128,8 +128,8 @@ class _Ends(NamedTuple):
         return nnx.merge(self.graph, with_landings(self.weights, slots), self.bias)
 
     def _prefix(self, slots: nnx.State, micro: Batch):
-        tokens, start = inputs_of(micro, self.config.model.mtp_depth)
-        return self._model(slots).prefix(tokens, self.layout, self.config.parallel.remat, start)
+        tokens, doc_start = inputs_of(micro, self.config.model.mtp_depth)
+        return self._model(slots).prefix(tokens, self.layout, self.config.parallel.remat, doc_start)
 
     def _total(self, slots: nnx.State, x: jax.Array, micro: Batch):
         """A micro-batch's part of the weighted sum of all losses; and losses and statistics."""
@@ -169,7 +169,7 @@ class _Layer:
         self.run = kept_by(self._run, config.parallel.remat)
         self.pull = None  # the structure of a layer's backward, without what it has kept
 
-    def _run(self, weights, slots, factors, x, start=None):
+    def _run(self, weights, slots, factors, x, doc_start=None):
         """((y, balance loss), what was seen); slots and factors are there for their gradients."""
         params, bias = weights
 
@@ -183,7 +183,7 @@ class _Layer:
 
         block = nnx.merge(self.graph, _by_path(ready, params), bias)
         positions = positions_of(jnp.zeros(x.shape[:2], jnp.int32), self.layout)
-        y, stats = block(x, positions, self.layout, start)
+        y, stats = block(x, positions, self.layout, doc_start)
         return (y, stats.balance), stats
 
     def _inputs(self, weights, x):
@@ -203,8 +203,8 @@ class _Layer:
         return "expert" in variable.names and self.layout.mesh.ep > 1
 
     def forward(self, weights, x, micro: Batch):
-        inputs, start = self._inputs(weights, x), inputs_of(micro, self.mtp_depth)[1]
-        run = functools.partial(self.run, start=start)
+        inputs, doc_start = self._inputs(weights, x), inputs_of(micro, self.mtp_depth)[1]
+        run = functools.partial(self.run, doc_start=doc_start)
         (y, _), pull, stats = jax.vjp(run, *inputs, x, has_aux=True)
         kept, self.pull = jax.tree.flatten(without(pull, inputs))
         return y, kept, stats

@@ -31,7 +31,7 @@ def loss_and_gradients(*how):
 
     def broken(params, bias, batch, *rest):
         losses, stats, grads = compute(params, bias, batch, *rest)
-        factor = jnp.where(batch.mask.any(), 1.0, jnp.nan)
+        factor = jnp.where(batch.loss_mask.any(), 1.0, jnp.nan)
         return losses, stats, jax.tree.map(lambda x: x * factor, grads)
 
     return broken
@@ -46,8 +46,8 @@ class FaultyRun(Run):
         begin = self.loader.row - self.sizes.size(self.first)
         first, last = self.faults.get("bad", (0, 0))
         if first <= begin < last:
-            mask = np.zeros(batch.mask.shape, bool)
-            batch = batch._replace(mask=on_devices(mask, self.mesh, BATCH))
+            mask = np.zeros(batch.loss_mask.shape, bool)
+            batch = batch._replace(loss_mask=on_devices(mask, self.mesh, BATCH))
         return super()._step(batch)
 
     def _due(self, number: int):
