@@ -27,11 +27,10 @@ from dsv3_jax.model.block import MoEBlock
 from dsv3_jax.model.ffn import SwiGLU
 from dsv3_jax.numerics.fp8 import Counts, Fp8Weight
 from dsv3_jax.numerics.quantize import BLOCK, quantize
-from dsv3_jax.params import assemble, in_fp8, no_counts, of_parameters, specs
+from dsv3_jax.params import assemble, in_fp8, named_arrays, no_counts, of_parameters, specs
 from dsv3_jax.training.fp8_stats import CLASSES, make_fp8_stats, shares
 from dsv3_jax.training.plots import plot_fp8
 from dsv3_jax.training.step import loss_and_gradients
-from dsv3_jax.weights.hf_names import flatten
 from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
 
@@ -89,7 +88,7 @@ def one_layer(mesh_text: str, zero: int):
     stored = specs(state, layout)
     run = region(shard, mesh, (stored, BATCH, BATCH), (BATCH, stored))
     y, grads = jax.jit(run)(state, x, d_y)
-    return np.asarray(y), {path: np.asarray(g) for path, g in flatten(grads).items()}
+    return np.asarray(y), {path: np.asarray(g) for path, g in named_arrays(grads).items()}
 
 
 @pytest.mark.parametrize("zero", [1, 3])
@@ -116,7 +115,7 @@ def step_of(mesh_text: str, config: Config):
     run = jax.jit(loss_and_gradients(config, *small_step.placed(mesh_text, config)))
     batch = small_step.batch_of(0)
     losses, _, grads = run(*small_step.parameters(), batch, np.float32(0.3), None)
-    return float(losses.total), {k: np.asarray(x) for k, x in flatten(grads).items()}
+    return float(losses.total), {k: np.asarray(x) for k, x in named_arrays(grads).items()}
 
 
 def off(grads, wanted) -> dict[str, float]:
@@ -222,7 +221,7 @@ def test_counts_are_those_of_the_numbers():
     params, bias = small_step.parameters()
     run = make_fp8_stats(config, *small_step.placed("dp2,ep2", config))
     counts = run(params, bias, small_step.batch_of(0))
-    found = {path: np.asarray(x) for path, x in flatten(counts).items()}
+    found = {path: np.asarray(x) for path, x in named_arrays(counts).items()}
     down = params["dense"]["ffn"]["down"]["kernel"][...][0]
     n_tokens = small_step.BATCH_SIZE * small_step.LENGTH
     activations, gradients, weights = (Counts(*x) for x in found["dense.ffn.down.kernel"][0])
@@ -248,7 +247,7 @@ def test_nan_stays_visible():
 
     y, pull = jax.vjp(f, state)
     assert np.isnan(y[0, 2]).all() and np.isfinite(np.delete(y[0], 2, axis=0)).all()
-    assert np.isnan(flatten(pull(jnp.ones_like(y))[0])["gate_up.kernel"]).any()
+    assert np.isnan(named_arrays(pull(jnp.ones_like(y))[0])["gate_up.kernel"]).any()
 
 
 def test_bad_settings_are_refused():
@@ -286,7 +285,7 @@ def test_chips_with_units_for_fp8():
 
 def test_no_counts_has_a_place_for_every_weight():
     _, state = nnx.split(layer())
-    zeros = flatten(no_counts(state))
+    zeros = named_arrays(no_counts(state))
     assert {x.shape for x in zeros.values()} == {(3, 4)}
 
 

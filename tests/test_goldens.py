@@ -27,8 +27,9 @@ from dsv3_jax.config import LossConfig, MoEConfig
 from dsv3_jax.losses import Batch, training_loss
 from dsv3_jax.model.rope import frequencies, softmax_scale
 from dsv3_jax.model.router import choose_experts
+from dsv3_jax.params import named_arrays
 from dsv3_jax.weights.hf_config import read_config
-from dsv3_jax.weights.hf_names import flatten, to_official
+from dsv3_jax.weights.hf_names import to_official
 from sharding.layout import Layout
 
 ROUTERS = ["v3_like", "small", "neg_bias", "nonorm_1group", "wide_logits"]
@@ -100,7 +101,7 @@ def loss_and_gradients(model, tokens, remat):
         return losses.total, losses
 
     grads, losses = jax.jit(jax.grad(loss_fn, has_aux=True))(params)
-    return losses, to_official(flatten(grads), model.config)
+    return losses, to_official(named_arrays(grads), model.config)
 
 
 def check_gradients(got, case):

@@ -24,7 +24,7 @@ from dsv3_jax.config import LossConfig
 from dsv3_jax.losses import Batch, training_loss
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.weights.hf_names import flatten
+from dsv3_jax.params import named_arrays
 from sharding.layout import Layout
 
 DEPTH = CONFIG.mtp_depth
@@ -135,7 +135,7 @@ def test_bfloat16_policy_is_close_to_float32():
 def test_what_bfloat16_leaves_wide(whole):
     """Router, biases, norm scales, and the embedding, whose rows are rounded when looked up."""
     in_use = nnx.eval_shape(in_bfloat16, whole[0])
-    types = {path: x.dtype for path, x in flatten(nnx.state(in_use)).items()}
+    types = {path: x.dtype for path, x in named_arrays(nnx.state(in_use)).items()}
     wide = {path for path, dtype in types.items() if dtype == jnp.float32}
     kinds = ("router", "bias", "scale", "embedding")
     assert wide == {path for path in types if path.rsplit(".", 1)[-1] in kinds}

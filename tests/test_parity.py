@@ -17,7 +17,7 @@ from reference.official_weights import dequantized, our_arrays, raw
 from reference.tensor_files import assert_same
 
 from dsv3_jax import load_pretrained, save_pretrained
-from dsv3_jax.weights.hf_names import flatten
+from dsv3_jax.params import named_arrays
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -115,7 +115,7 @@ def test_their_checkpoint_here_and_ours_there(theirs, tmp_path):
     folder, model = theirs
     want, ours = their_logits(model), load_pretrained(folder)
     for path, value in our_arrays_without_mtp(folder).items():
-        assert_same(np.asarray(flatten(nnx.state(ours))[path]), value)
+        assert_same(np.asarray(named_arrays(nnx.state(ours))[path]), value)
     assert np.abs(want).max() > 1  # so that the tolerance says something
     assert_close(our_logits(ours), want)
 

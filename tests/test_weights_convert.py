@@ -23,10 +23,10 @@ from dsv3_jax.config import Config
 from dsv3_jax.config_cli import to_dict
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.params import named_arrays
 from dsv3_jax.training.state import abstract_state, layout_of, state_from
 from dsv3_jax.weights.__main__ import main
 from dsv3_jax.weights.convert import export_weights, import_weights, verify
-from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import Official, open_weights, wanted_arrays
 from sharding.layout import Layout
@@ -92,7 +92,7 @@ def test_fp8_there_and_back(tmp_path, imported_fp8):
     fields = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert fields["quantization_config"]["weight_block_size"] == [128, 128]
     for name, value in our_arrays(tmp_path / "exported").items():
-        assert_same(value, np.asarray(flatten(nnx.state(model_of("B1_fp8")))[name]))
+        assert_same(value, np.asarray(named_arrays(nnx.state(model_of("B1_fp8")))[name]))
 
 
 def test_fp8_scales_that_no_quantiser_would_choose(tmp_path):
@@ -248,7 +248,7 @@ def start(config: Config, folder: Path):
 def check_start(started, official: Path):
     """Master weights and biases of the folder, new moments, all where the run keeps them."""
     state, abstract = started
-    got, want = flatten(state.params) | flatten(state.bias), our_arrays(official)
+    got, want = named_arrays(state.params) | named_arrays(state.bias), our_arrays(official)
     assert got.keys() == want.keys()
     for path, value in want.items():
         assert_same(np.asarray(got[path]), value)

@@ -14,8 +14,8 @@ from reference.tensor_files import assert_same
 
 from dsv3_jax import load_pretrained
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.params import named_arrays
 from dsv3_jax.weights import load
-from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import Part, open_weights, wanted_arrays, wanted_part
@@ -29,7 +29,7 @@ EIGHT_EXPERTS |= {"intermediate_size": 282, "moe_intermediate_size": 45}
 
 
 def arrays_of(model) -> dict:
-    return flatten(nnx.state(model))
+    return named_arrays(nnx.state(model))
 
 
 def assert_all_same(got: dict, want: dict):

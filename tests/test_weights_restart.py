@@ -18,10 +18,10 @@ from reference.official_weights import FIELDS, our_arrays, random_tensors, raw, 
 from reference.tensor_files import assert_same
 
 from dsv3_jax import load_pretrained, save_pretrained
+from dsv3_jax.params import named_arrays
 from dsv3_jax.weights import save
 from dsv3_jax.weights.__main__ import main
 from dsv3_jax.weights.convert import export_weights, import_weights, verify
-from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.safetensors import Folder
 from dsv3_jax.weights.sources import Official, open_weights
 
@@ -37,7 +37,7 @@ def official(tmp_path):
 
 
 def assert_imported(folder: Path, official: Path):
-    got = flatten(nnx.state(load_pretrained(folder, "bfloat16")))
+    got = named_arrays(nnx.state(load_pretrained(folder, "bfloat16")))
     for path, value in our_arrays(official, "bfloat16").items():
         assert_same(np.asarray(got[path]), value)
     assert verify(folder, official) == (len(Official(official).folder), [])

@@ -10,9 +10,8 @@ from jax.sharding import Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.losses import Batch, training_loss
 from dsv3_jax.numerics.fp8 import Counts
-from dsv3_jax.params import no_counts
+from dsv3_jax.params import named_arrays, no_counts
 from dsv3_jax.training.evaluate import model_in_region
-from dsv3_jax.weights.hf_names import flatten
 from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, data_sum, region
 
@@ -42,7 +41,7 @@ def shares(counts: nnx.State) -> dict[str, float]:
 
     The keys are those of `metrics.jsonl`, such as "fp8_gradients_underflow".
     """
-    total = sum(np.asarray(x).reshape(-1, 3, 4).sum(0) for x in flatten(counts).values())
+    total = sum(np.asarray(x).reshape(-1, 3, 4).sum(0) for x in named_arrays(counts).values())
     row = {}
     for name, numbers in zip(CLASSES, total, strict=True):
         counted = Counts(*numbers)

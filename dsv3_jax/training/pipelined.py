@@ -30,13 +30,13 @@ from dsv3_jax.params import (
     assemble,
     in_fp8,
     landings,
+    named_arrays,
     specs,
     to_stages,
     with_landings,
 )
 from dsv3_jax.pipeline_plan import pipeline_of
 from dsv3_jax.training.state import parts_of
-from dsv3_jax.weights.hf_names import flatten
 from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, region, whole_max, whole_sum
 from sharding.pipeline import Gradients, Parts, layers_of, run
@@ -190,7 +190,7 @@ class _Layer:
         """What `_run` gets besides x: weights, slots, and zeros for factors."""
         slots = {
             path: jnp.zeros(value.codes.values.shape, jnp.float32)
-            for path, value in flatten(weights[0]).items()
+            for path, value in named_arrays(weights[0]).items()
             if isinstance(value, Fp8Weight) and self._has_more_rounds(weights[0], path)
         }
         shapes = Shapes()
@@ -215,7 +215,7 @@ class _Layer:
         d_weights, d_slots, factors, d_x = pull((d_y, jnp.float32(self.d_balance)))
         grads = {
             path: grad
-            for path, grad in flatten(d_weights[0]).items()
+            for path, grad in named_arrays(d_weights[0]).items()
             if path not in factors or self._has_more_rounds(weights[0], path)
         }
         return d_x, grads | d_slots, factors
@@ -242,7 +242,7 @@ def _named(slots: nnx.State) -> Gradients:
     """Gradients of `landings` by dotted path."""
     return {
         path: grad.weight if isinstance(grad, Slot) else grad
-        for path, grad in flatten(slots).items()
+        for path, grad in named_arrays(slots).items()
     }
 
 

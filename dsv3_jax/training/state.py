@@ -13,9 +13,8 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.model.moe import BalanceBias, Redundant
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.params import specs
+from dsv3_jax.params import named_arrays, specs
 from dsv3_jax.progress import byte_bar
-from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.sources import Source, filled
 from sharding.layout import Layout
 from sharding.mesh import MeshSpec, placement
@@ -101,7 +100,7 @@ def state_from(
     source: Source, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
     """The state before the first step with the weights and balance biases of `source`."""
-    wanted = flatten(abstract.params) | flatten(abstract.bias)
+    wanted = named_arrays(abstract.params) | named_arrays(abstract.bias)
     with byte_bar(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
         arrays = source.load(wanted, advance=advance)
 

@@ -13,6 +13,7 @@ from flax import nnx
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.params import named_arrays
 
 BIAS = "e_score_correction_bias"  # the one tensor that is float32 in every format
 TOP = {
@@ -82,7 +83,7 @@ def official_names(path: str, config: ModelConfig) -> np.ndarray:
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter and balance bias of the model, by dotted path."""
     state = nnx.state(abstract_model(config, Policy()))
-    return {path: leaf.shape for path, leaf in flatten(state).items()}
+    return {path: leaf.shape for path, leaf in named_arrays(state).items()}
 
 
 def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -143,8 +144,3 @@ def to_official(
             turned = [part.T if is_turned(path) else part for part in parts]
             out |= dict(zip(names[index], turned, strict=True))
     return out
-
-
-def flatten(state: nnx.State) -> dict:
-    """The arrays of a model state by dotted path."""
-    return {".".join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}

@@ -26,14 +26,13 @@ from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
 from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import BLOCK, E4M3, Scaled
-from dsv3_jax.params import scale_spec, specs
+from dsv3_jax.params import named_arrays, scale_spec, specs
 from dsv3_jax.progress import Advance
 from dsv3_jax.weights.hf_config import length_of, read_config, read_length
 from dsv3_jax.weights.hf_names import (
     BIAS,
     SCALE,
     copies_in_mtp,
-    flatten,
     official_shapes,
     our_shapes,
 )
@@ -297,7 +296,7 @@ class InMemory(_Saved):
         self.directory, self.config = None, model.config
         self.max_length = length_of(model.config)
         self.dtype = str(model.policy.master)
-        self._arrays = flatten(nnx.state(model))
+        self._arrays = named_arrays(nnx.state(model))
 
     def load(self, wanted: Wanted, first: int = 0, advance: Advance = lambda n: None) -> Arrays:
         out = {}

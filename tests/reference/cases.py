@@ -8,8 +8,7 @@ from flax import nnx
 
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.params import assemble
-from dsv3_jax.weights.hf_names import flatten
+from dsv3_jax.params import assemble, named_arrays
 from sharding.layout import Layout
 
 BATCH, LENGTH = 2, 7
@@ -52,7 +51,9 @@ def build(make, seed: int = 0):
         return variable.replace(jnp.asarray(value, jnp.float32))
 
     module = nnx.merge(graphdef, nnx.map_state(fill, state))
-    values = {path: np.asarray(x, np.float64) for path, x in flatten(nnx.state(module)).items()}
+    values = {
+        path: np.asarray(x, np.float64) for path, x in named_arrays(nnx.state(module)).items()
+    }
     return module, values
 
 

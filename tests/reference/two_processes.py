@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from reference.official_weights import our_arrays
 
+from dsv3_jax.params import named_arrays
 from dsv3_jax.weights.convert import import_weights
-from dsv3_jax.weights.hf_names import flatten
 from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import make_mesh, parse_mesh
@@ -27,7 +27,7 @@ def main(port: str, number: str, official: Path, folder: Path):
     import_weights(official, folder, "bfloat16", mesh)
     want = our_arrays(official, "bfloat16")
     for source in (open_weights(folder), open_weights(official)):
-        arrays = flatten(nnx.state(load_model(source, "bfloat16", mesh)))
+        arrays = named_arrays(nnx.state(load_model(source, "bfloat16", mesh)))
         for path, value in want.items():
             assert len(arrays[path].addressable_shards) == 2
             for shard in arrays[path].addressable_shards:
