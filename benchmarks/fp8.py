@@ -41,7 +41,7 @@ from dsv3_jax.aot.compile import ENVIRONMENT, compile_step, target_of
 from dsv3_jax.aot.report import walk_of
 from dsv3_jax.config_cli import override
 from dsv3_jax.numerics.kernels import fp8_tpu
-from dsv3_jax.numerics.quantize import BLOCK, TILE, Scaled, dequantize, quantize
+from dsv3_jax.numerics.quantize import BLOCK, TILE, QuantizedTensor, dequantize, quantize
 from dsv3_jax.training.plots import smoothed
 from sharding.mesh import parse_mesh
 
@@ -204,8 +204,8 @@ def one_product(kind: str, folder: str, m: int, k: int, n: int):
         print(sum(map(float, re.findall(r'"estimated_cycles":"(\d+)"', text))))
         return
     depth, f8, f32 = int(kind), jnp.float8_e4m3fn, jnp.float32
-    x = Scaled(given(m, k, dtype=f8), given(m, k // 128, dtype=f32))
-    w = Scaled(given(k, n, dtype=f8), given(k // 128, n // 128, dtype=f32))
+    x = QuantizedTensor(given(m, k, dtype=f8), given(m, k // 128, dtype=f32))
+    w = QuantizedTensor(given(k, n, dtype=f8), given(k // 128, n // 128, dtype=f32))
     fn = functools.partial(fp8_tpu.scaled_matmul, dtype=jnp.bfloat16, depth=depth)
     jax.jit(fn).lower(x, w).compile()
     texts = [path.read_text() for path in Path(folder).glob("*final_bundles.txt")]

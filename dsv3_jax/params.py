@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv3_jax.numerics.fp8 import Fp8Weight, Keep, Platform, Slot
-from dsv3_jax.numerics.matmul import AS_IT_IS, Weight, product
-from dsv3_jax.numerics.quantize import Scaled, quantize_share
+from dsv3_jax.numerics.fp8 import Fp8Weight, Platform, SavedInput, Slot
+from dsv3_jax.numerics.matmul import NOT_SAVED, Weight, matmul
+from dsv3_jax.numerics.quantize import QuantizedTensor, quantize_shard
 from dsv3_jax.shapes import Array, Float
 from sharding.layout import Layout
 from sharding.mesh import REPLICATED
@@ -47,7 +47,7 @@ def in_fp8(state: nnx.State, layout: Layout, counts: nnx.State | None = None) ->
             return x
         about = (variable.names, variable.sizes)
         fixed = jax.lax.stop_gradient(x)
-        codes = quantize_share(
+        codes = quantize_shard(
             fixed,
             layout.start(fixed, *about)[-2:],
             variable.sizes[-2:],
@@ -59,7 +59,7 @@ def in_fp8(state: nnx.State, layout: Layout, counts: nnx.State | None = None) ->
 
 
 def no_counts(state: nnx.State) -> nnx.State:
-    """Zeros [... 3 4] for every parameter: of activations, gradients and itself, `Counts`."""
+    """Zeros [... 3 4] for every parameter: of activations, gradients and itself, `QuantStats`."""
 
     def one(x: jax.Array, variable: nnx.Param) -> jax.Array:
         layers = x.ndim - len(variable.sizes)
@@ -78,9 +78,9 @@ def assemble(state: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
         about = (variable.names, variable.sizes)
         if not isinstance(x, Fp8Weight):
             return layout.gather(x, *about, x.dtype if variable.wide else compute)
-        values = layout.gather(x.codes.values, *about, x.codes.values.dtype)
+        values = layout.gather(x.quantized.values, *about, x.quantized.values.dtype)
         slot = x.slot._replace(weight=layout.landing(x.slot.weight, *about))
-        return x._replace(codes=x.codes._replace(values=values), slot=slot)
+        return x._replace(quantized=x.quantized._replace(values=values), slot=slot)
 
     return of_parameters(one, state)
 
@@ -96,9 +96,11 @@ def to_stages(state: nnx.State, layout: Layout, compute: jnp.dtype, layers: Laye
         if not isinstance(x, Fp8Weight):
             dtype = x.dtype if variable.wide else compute
             return layout.to_stages(x, *about, dtype, layers)
-        values, scale = x.codes
+        values, scale = x.quantized
         values = layout.to_stages(values, *about, values.dtype, layers)
-        return x._replace(codes=Scaled(values, to_ranks(scale, None, layers)), slot=None)
+        return x._replace(
+            quantized=QuantizedTensor(values, to_ranks(scale, None, layers)), slot=None
+        )
 
     return of_parameters(one, state)
 
@@ -125,7 +127,7 @@ def landed(state: nnx.State, grads: nnx.State) -> nnx.State:
     """Gradients of `landings(state)` as those of the state."""
 
     def one(x: Weight, _, grad: Array | Slot) -> Weight:
-        return x._replace(codes=None, slot=grad) if isinstance(x, Fp8Weight) else grad
+        return x._replace(quantized=None, slot=grad) if isinstance(x, Fp8Weight) else grad
 
     return of_parameters(one, state, grads)
 
@@ -162,8 +164,8 @@ def specs(tree, layout: Layout):
         if not (isinstance(leaf, nnx.Variable) and "names" in leaf.get_metadata()):
             return REPLICATED
         if isinstance(value := leaf.get_value(), Fp8Weight):
-            whole = leaf.replace(value.codes.values)
-            return Scaled(of(whole), scale_spec(whole, layout))
+            whole = leaf.replace(value.quantized.values)
+            return QuantizedTensor(of(whole), scale_spec(whole, layout))
         return layout.stored(leaf.names, leaf.sizes, stack=len(leaf.shape) - len(leaf.sizes))
 
     return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -195,6 +197,8 @@ class Linear(nnx.Module):
     ):
         self.kernel = weight(rngs, (n_in, n_out), names, std, fp8=fp8)
 
-    def __call__(self, x: Float[Array, "*B D"], keep: Keep = AS_IT_IS) -> Float[Array, "*B F"]:
-        """x W; `keep` says what the backward finds of x."""
-        return product(x, self.kernel.get_value(), keep)
+    def __call__(
+        self, x: Float[Array, "*B D"], save: SavedInput = NOT_SAVED
+    ) -> Float[Array, "*B F"]:
+        """x W; `save` says what the backward finds of x."""
+        return matmul(x, self.kernel.get_value(), save)

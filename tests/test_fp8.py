@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from reference import fp8 as reference
 
-from dsv3_jax.numerics.fp8 import Fp8Weight, Keep, Slot, fp8_gated_product, fp8_product
-from dsv3_jax.numerics.quantize import BLOCK, Scaled, quantize
+from dsv3_jax.numerics.fp8 import Fp8Weight, SavedInput, Slot, fp8_matmul, fp8_swiglu_matmul
+from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor, quantize
 
 # Codes are the same but where a float32 division lies on the other side of a tie; products are
 # summed in float32, the twin's in float64.
@@ -35,20 +35,22 @@ def assert_close(got, want, tolerance: float = TOLERANCE):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(keep, x, w, grad, sizes=None):
-    y, pull = jax.vjp(lambda x, w: fp8_product(keep, x, w, sizes), x, w)
+def run(save, x, w, grad, sizes=None):
+    y, pull = jax.vjp(lambda x, w: fp8_matmul(save, x, w, sizes), x, w)
     d_x, d_w = pull(grad)
     return y, d_x, d_w.slot.weight
 
 
-@pytest.mark.parametrize("keep", [Keep(), Keep(power_of_two=True), Keep(None, True, True)])
+@pytest.mark.parametrize(
+    "save", [SavedInput(), SavedInput(power_of_two=True), SavedInput(None, True, True)]
+)
 @pytest.mark.parametrize("rows, width, hidden", SHAPES)
-def test_product_and_gradients_equal_the_twin(rows, width, hidden, keep):
+def test_product_and_gradients_equal_the_twin(rows, width, hidden, save):
     x, w, grad = normal(0, rows, width), normal(1, width, hidden), normal(2, rows, hidden)
     x[:, :3] *= 50  # outliers
-    y, d_x, d_w = run(keep, x, weight_of(w), 1e-6 * grad)
-    assert_close(y, reference.product(x, w, keep.power_of_two))
-    want = reference.gradients(x, w, 1e-6 * grad, keep.power_of_two, keep.e5m6)
+    y, d_x, d_w = run(save, x, weight_of(w), 1e-6 * grad)
+    assert_close(y, reference.matmul(x, w, save.power_of_two))
+    want = reference.gradients(x, w, 1e-6 * grad, save.power_of_two, save.e5m6)
     assert_close(d_x, want[0])
     assert_close(d_w, want[1])
 
@@ -57,8 +59,8 @@ def test_golden_product():
     """Activations and weights of golden C3 give its block-scaled product."""
     golden = dict(np.load(Path(__file__).parent / "goldens" / "C3_fp8_units" / "golden.npz"))
     codes = golden["weight.bits_uint8"].view(ml_dtypes.float8_e4m3fn)
-    w = Fp8Weight(Scaled(codes.T, golden["weight.scale_inv"].T))
-    got = fp8_product(Keep(), golden["act.x"], w)
+    w = Fp8Weight(QuantizedTensor(codes.T, golden["weight.scale_inv"].T))
+    got = fp8_matmul(SavedInput(), golden["act.x"], w)
     want = golden["gemm.out_float64acc"]
     row_max = np.abs(want).max(-1, keepdims=True)
     assert (np.abs(got - want) <= 1e-4 * row_max).all()
@@ -73,8 +75,8 @@ def test_groups_equal_the_twin(sizes):
     x, w, grad = normal(0, 200, 130), normal(1, 4, 130, 200), normal(2, 200, 200)
     total, start = sum(sizes), 0
     x[total:] = grad[total:] = np.nan
-    keep = Keep(power_of_two=True)
-    y, d_x, d_w = run(keep, x, weight_of(w), grad, jnp.asarray(sizes, jnp.int32))
+    save = SavedInput(power_of_two=True)
+    y, d_x, d_w = run(save, x, weight_of(w), grad, jnp.asarray(sizes, jnp.int32))
     x[total:] = grad[total:] = 0
     kept = reference.quantized(x, (1, 128), True)
     turned = reference.quantized(kept, (128, 1), True), reference.quantized(grad, (128, 1))
@@ -82,7 +84,7 @@ def test_groups_equal_the_twin(sizes):
         rows = slice(start, start := start + size)
         want = np.zeros((size, 130)) if not size else reference.gradients(x[rows], w[i], grad[rows])
         if size:
-            assert_close(y[rows], reference.product(x[rows], w[i], True))
+            assert_close(y[rows], reference.matmul(x[rows], w[i], True))
             assert_close(d_x[rows], want[0])
             assert_close(d_w[i], turned[0][rows].T.astype(np.float64) @ turned[1][rows])
         else:
@@ -95,11 +97,11 @@ def test_gated_product_keeps_its_input_and_computes_the_rest_again():
     grad = normal(2, 70, 96)
 
     def f(hidden, gates, w):
-        return fp8_gated_product(Keep(), hidden, gates, w)
+        return fp8_swiglu_matmul(SavedInput(), hidden, gates, w)
 
     y, pull = jax.vjp(f, hidden, gates, weight_of(w))
     d_hidden, d_gates, d_w = pull(jnp.asarray(grad))
-    assert_close(y, reference.product(reference.swiglu(hidden, gates), w))
+    assert_close(y, reference.matmul(reference.swiglu(hidden, gates), w))
     kept = reference.quantized(hidden, (1, 128))
     x = reference.swiglu(kept, gates).astype(np.float32)
     d_x = (

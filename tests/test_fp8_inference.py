@@ -14,7 +14,7 @@ from reference.goldens import GOLDENS, golden, model_of
 
 from dsv3_jax import load_pretrained
 from dsv3_jax.numerics.fp8 import Fp8Weight
-from dsv3_jax.numerics.matmul import weight_itself
+from dsv3_jax.numerics.matmul import dequantized
 from dsv3_jax.numerics.quantize import dequantize
 from dsv3_jax.serving.decode import Served, extend, prefill
 from dsv3_jax.serving.generator import Generator
@@ -67,10 +67,10 @@ def test_codes_and_scales_are_those_of_the_files():
     for path, is_fp8 in kinds.items():
         if is_fp8:
             values = found[path].get_value()
-            np.testing.assert_array_equal(weight_itself(values, jnp.float32), plain[path][...])
+            np.testing.assert_array_equal(dequantized(values, jnp.float32), plain[path][...])
     folder = Folder(GOLDENS / CASE)
     n_bytes = sum(math.prod(x.shape) for x in folder.values() if x.dtype == "F8_E4M3")
-    ours = sum(found[path].get_value().codes.values.nbytes for path in kinds if kinds[path])
+    ours = sum(found[path].get_value().quantized.values.nbytes for path in kinds if kinds[path])
     assert ours == n_bytes
 
 
@@ -79,7 +79,7 @@ def test_a_mesh_holds_what_one_device_does():
     mesh, layout = make_mesh(parse_mesh("ep2"), jax.devices()[:2]), Layout(mesh=parse_mesh("ep2"))
     source = open_weights(GOLDENS / CASE)
     scales = source.scales(mesh, dataclasses.replace(layout, zero=0))
-    whole = load_pretrained(GOLDENS / CASE, "fp8").moe.ffn.down.get_value().codes.scale
+    whole = load_pretrained(GOLDENS / CASE, "fp8").moe.ffn.down.get_value().quantized.scale
     split = scales["moe.ffn.down"]
     np.testing.assert_array_equal(split, whole)
     assert {x.data.shape for x in split.addressable_shards} == {(1, 3, *whole.shape[2:])}

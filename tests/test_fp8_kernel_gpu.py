@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.aot import gpu
 from dsv3_jax.numerics.kernels.fp8_gpu import grouped_scaled_matmul, scaled_matmul
-from dsv3_jax.numerics.quantize import BLOCK, TILE, Scaled, dequantize, quantize
+from dsv3_jax.numerics.quantize import BLOCK, TILE, QuantizedTensor, dequantize, quantize
 
 CASES = {
     "uneven": (300, [130, 1, 159, 10]),
@@ -49,7 +49,7 @@ def test_matches_a_loop(case, width, hidden):
 
 def test_a_dense_product_is_one_group():
     rows, weights, _, _ = inputs("empty groups", 256, 384)
-    one = Scaled(*(x[2] for x in weights))
+    one = QuantizedTensor(*(x[2] for x in weights))
     got = scaled_matmul(rows, one, jnp.bfloat16, interpret=True)
     want = np.float64(dequantize(rows, TILE)) @ np.float64(dequantize(one, BLOCK))
     assert got.dtype == jnp.bfloat16
@@ -74,8 +74,8 @@ def test_compiles_for_an_h100(transposed, tmp_path):
 
     n_rows, width, n_groups = 512, 512, 2
     scales = functools.partial(given, dtype=jnp.float32)
-    x = Scaled(given(n_rows, width), scales(n_rows, 4))
-    w = Scaled(given(n_groups, width, width), scales(n_groups, 4, 4))
+    x = QuantizedTensor(given(n_rows, width), scales(n_rows, 4))
+    w = QuantizedTensor(given(n_groups, width, width), scales(n_groups, 4, 4))
     function = functools.partial(grouped_scaled_matmul, dtype=jnp.bfloat16, transposed=transposed)
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
     lowered = jax.jit(function).lower(x, w, given(n_groups, dtype=jnp.int32))

@@ -9,12 +9,12 @@ import pytest
 from reference.grouped import assert_close
 
 from dsv3_jax.aot.compile import ENVIRONMENT
-from dsv3_jax.numerics.kernels.fp8_tpu import grouped_scaled_matmul, scaled_matmul, visits_of
-from dsv3_jax.numerics.kernels.fp8_wgrad_tpu import grouped_scaled_outer, scaled_outer
-from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_tiles
-from dsv3_jax.numerics.quantize import BLOCK, TILE, Scaled, dequantize, quantize
+from dsv3_jax.numerics.kernels.fp8_tpu import grouped_scaled_matmul, scaled_matmul, tile_schedule
+from dsv3_jax.numerics.kernels.fp8_wgrad_tpu import fp8_wgrad, grouped_fp8_wgrad
+from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_quantize
+from dsv3_jax.numerics.quantize import BLOCK, TILE, QuantizedTensor, dequantize, quantize
 
-COLUMN = (128, 1)
+TILE_T = (128, 1)
 EXACT = 1e-5  # of the largest value: both sum in float32 or wider
 N_ROWS = 600  # of the buffer: one shape, so one compilation
 GROUPS = {
@@ -27,7 +27,9 @@ GROUPS = {
 }
 
 
-def scaled(seed: int, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[Scaled, np.ndarray]:
+def scaled(
+    seed: int, shape: tuple[int, ...], block: tuple[int, int]
+) -> tuple[QuantizedTensor, np.ndarray]:
     """Numbers whose blocks differ much in size, and the same in float64."""
     rng = np.random.default_rng(seed)
     size = np.exp(rng.normal(size=(*shape[:-2], shape[-2], -(-shape[-1] // 64))))
@@ -36,19 +38,21 @@ def scaled(seed: int, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[S
     return found, np.asarray(dequantize(found, block), np.float64)
 
 
-def spoiled(x: Scaled, n_rows: int, block: tuple[int, int]) -> Scaled:
+def spoiled(x: QuantizedTensor, n_rows: int, block: tuple[int, int]) -> QuantizedTensor:
     """NaN in all rows from `n_rows` on, and in the scales of tiles that hold no others."""
     tile = -(-n_rows // block[0])
-    return Scaled(x.values.at[n_rows:].set(jnp.nan), x.scale.at[tile:].set(jnp.nan))
+    return QuantizedTensor(x.values.at[n_rows:].set(jnp.nan), x.scale.at[tile:].set(jnp.nan))
 
 
-def repeated(x: Scaled, axis: int, n: int) -> Scaled:
+def repeated(x: QuantizedTensor, axis: int, n: int) -> QuantizedTensor:
     """Blocks twice as long along the axis, as two blocks of the usual length; n of those there."""
-    return Scaled(x.values, jnp.repeat(x.scale, 2, axis)[(slice(None),) * axis + (slice(n),)])
+    return QuantizedTensor(
+        x.values, jnp.repeat(x.scale, 2, axis)[(slice(None),) * axis + (slice(n),)]
+    )
 
 
-def turned(w: Scaled) -> Scaled:
-    return Scaled(w.values.mT, w.scale.mT)
+def turned(w: QuantizedTensor) -> QuantizedTensor:
+    return QuantizedTensor(w.values.mT, w.scale.mT)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -63,12 +67,12 @@ def grouped_matmul(x, w, sizes, transposed=False):
 
 @jax.jit
 def outer(x, g):
-    return scaled_outer(x, g, interpret=True)
+    return fp8_wgrad(x, g, interpret=True)
 
 
 @jax.jit
 def grouped_outer(x, g, sizes):
-    return grouped_scaled_outer(x, g, sizes, interpret=True)
+    return grouped_fp8_wgrad(x, g, sizes, interpret=True)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,7 @@ def test_product_in_the_dtype_asked_for():
 
 @pytest.mark.parametrize("n, width, columns", [(256, 128, 384), (300, 130, 200), (1, 128, 70)])
 def test_outer(n, width, columns):
-    (x, wide_x), (g, wide_g) = scaled(0, (n, width), COLUMN), scaled(1, (n, columns), COLUMN)
+    (x, wide_x), (g, wide_g) = scaled(0, (n, width), TILE_T), scaled(1, (n, columns), TILE_T)
     assert_close(outer(x, g), wide_x.T @ wide_g, EXACT)
 
 
@@ -122,10 +126,10 @@ def test_grouped_outer(case):
     """Tiles are those of the buffer and may hold rows of several groups; empty groups get 0."""
     sizes = GROUPS[case]
     inside = sum(sizes)
-    (x, wide_x), (g, wide_g) = scaled(0, (N_ROWS, 130), COLUMN), scaled(1, (N_ROWS, 300), COLUMN)
+    (x, wide_x), (g, wide_g) = scaled(0, (N_ROWS, 130), TILE_T), scaled(1, (N_ROWS, 300), TILE_T)
     one = (np.arange(len(sizes))[:, None] == np.repeat(np.arange(len(sizes)), sizes)).astype(float)
     want = np.einsum("er,rD,rF->eDF", one, wide_x[:inside], wide_g[:inside], optimize=True)
-    x, g = (spoiled(part, inside, COLUMN) for part in (x, g))
+    x, g = (spoiled(part, inside, TILE_T) for part in (x, g))
     assert_close(grouped_outer(x, g, jnp.asarray(sizes, jnp.int32)), want, EXACT)
 
 
@@ -133,7 +137,7 @@ def test_grouped_outer(case):
 @pytest.mark.parametrize("case", GROUPS)
 def test_every_row_is_visited_once(case, rows):
     sizes = GROUPS[case]
-    visits, n_visits = visits_of(jnp.asarray(sizes, jnp.int32), N_ROWS, rows)
+    visits, n_visits = tile_schedule(jnp.asarray(sizes, jnp.int32), N_ROWS, rows)
     times = np.zeros((len(sizes), N_ROWS), int)
     for group, tile, start, stop in list(zip(*map(np.asarray, visits), strict=True))[:n_visits]:
         times[group, max(start, tile * rows) : min(stop, (tile + 1) * rows)] += 1
@@ -150,8 +154,8 @@ def test_what_is_not_finite_stays_visible(bad):
     w, _ = scaled(1, (256, 140), BLOCK)
     got = np.asarray(matmul(quantize(jnp.asarray(x), TILE), w))
     assert np.isnan(got[7]).all() and np.isfinite(np.delete(got, 7, axis=0)).all()
-    g, _ = scaled(2, (200, 140), COLUMN)
-    got = np.asarray(outer(quantize(jnp.asarray(x), COLUMN), g))
+    g, _ = scaled(2, (200, 140), TILE_T)
+    got = np.asarray(outer(quantize(jnp.asarray(x), TILE_T), g))
     assert np.isnan(got[130]).all() and np.isfinite(np.delete(got, 130, axis=0)).all()
 
 
@@ -160,7 +164,7 @@ def test_widths_that_differ_are_refused():
     with pytest.raises(ValueError, match="weights of width 150 don't meet rows of width 70"):
         scaled_matmul(x, w, jnp.float32, transposed=True, interpret=True)
     with pytest.raises(ValueError, match="4 rows of x don't meet 70 of g"):
-        scaled_outer(x, w, interpret=True)
+        fp8_wgrad(x, w, interpret=True)
 
 
 def activation(hidden, gates):
@@ -169,13 +173,13 @@ def activation(hidden, gates):
     return y if gates is None else y * gates[:, None]
 
 
-swiglu_in_a_program = jax.jit(swiglu_tiles, static_argnums=(2, 3))
+swiglu_in_a_program = jax.jit(swiglu_quantize, static_argnums=(2, 3))
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows, width", [(300, 256), (37, 140), (5, 64)])
-def test_swiglu_tiles(rows, width, dtype, power_of_two):
+def test_swiglu_quantize(rows, width, dtype, power_of_two):
     """Codes and scales of `quantize`. Gates from 32 on are their own silu: nothing is rounded."""
     rng = np.random.default_rng(0)
     hidden = rng.integers(-64, 64, size=(rows, 2 * width))
@@ -189,7 +193,7 @@ def test_swiglu_tiles(rows, width, dtype, power_of_two):
             np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (part, wanted)))
 
 
-def test_swiglu_tiles_of_any_numbers():
+def test_swiglu_quantize_of_any_numbers():
     """The activation may be rounded differently in its last bit, and a few codes with it."""
     rng = np.random.default_rng(0)
     hidden, gates = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((300, 512), (300,)))
@@ -218,17 +222,17 @@ def test_compiles_for_tpus(topology, monkeypatch):
 
     def codes(shape, block):
         rows, cols = (-(-n // size) for n, size in zip(shape[-2:], block, strict=True))
-        return Scaled(given(shape, jnp.float8_e4m3fn), given((*shape[:-2], rows, cols)))
+        return QuantizedTensor(given(shape, jnp.float8_e4m3fn), given((*shape[:-2], rows, cols)))
 
     def given(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
     x, w, sizes = codes((256, 384), TILE), codes((3, 384, 256), BLOCK), given((3,), jnp.int32)
-    columns = codes((256, 384), COLUMN), codes((256, 256), COLUMN)
+    columns = codes((256, 384), TILE_T), codes((256, 256), TILE_T)
     programs = {
         "grouped_scaled_matmul": (grouped_scaled_matmul, (x, w, sizes, jnp.bfloat16)),
-        "grouped_scaled_outer": (grouped_scaled_outer, (*columns, sizes)),
-        "swiglu_tiles": (swiglu_tiles, (given((256, 512), jnp.bfloat16), None, True)),
+        "grouped_fp8_wgrad": (grouped_fp8_wgrad, (*columns, sizes)),
+        "swiglu_quantize": (swiglu_quantize, (given((256, 512), jnp.bfloat16), None, True)),
     }
     for name, (function, arguments) in programs.items():
         static = tuple(i for i, x in enumerate(arguments) if not isinstance(x, tuple | type(sizes)))

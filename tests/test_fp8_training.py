@@ -25,7 +25,7 @@ from dsv3_jax.hardware import has_fp8_units
 from dsv3_jax.layer_scan import scan
 from dsv3_jax.model.block import MoEBlock
 from dsv3_jax.model.ffn import SwiGLU
-from dsv3_jax.numerics.fp8 import Counts, Fp8Weight
+from dsv3_jax.numerics.fp8 import Fp8Weight, QuantStats
 from dsv3_jax.numerics.quantize import BLOCK, quantize
 from dsv3_jax.params import assemble, in_fp8, named_arrays, no_counts, of_parameters, specs
 from dsv3_jax.training.fp8_stats import CLASSES, make_fp8_stats, shares
@@ -57,7 +57,7 @@ def test_codes_of_shares_are_those_of_the_whole(mesh_text, zero):
 
     def whole(state):
         used = nnx.merge(graphdef, assemble(in_fp8(state, layout), layout, FLOAT32))
-        return used.gate_up.kernel.get_value().codes, used.down.kernel.get_value().codes
+        return used.gate_up.kernel.get_value().quantized, used.down.kernel.get_value().quantized
 
     got = jax.jit(region(whole, mesh, (specs(state, layout),), REPLICATED))(state)
     for codes, kernel in zip(got, (layer().gate_up.kernel, layer().down.kernel), strict=True):
@@ -224,7 +224,7 @@ def test_counts_are_those_of_the_numbers():
     found = {path: np.asarray(x) for path, x in named_arrays(counts).items()}
     down = params["dense"]["ffn"]["down"]["kernel"][...][0]
     n_tokens = small_step.BATCH_SIZE * small_step.LENGTH
-    activations, gradients, weights = (Counts(*x) for x in found["dense.ffn.down.kernel"][0])
+    activations, gradients, weights = (QuantStats(*x) for x in found["dense.ffn.down.kernel"][0])
     assert activations.all == n_tokens * down.shape[0]
     assert gradients.all == n_tokens * down.shape[1]
     codes = reference.quantized(down, (128, 128))
@@ -232,7 +232,7 @@ def test_counts_are_those_of_the_numbers():
     assert activations.saturated >= n_tokens  # the largest of each tile is taken to 448
     assert not found["embedding"].any() and not found["moe.ffn.router"].any()
     row = shares(counts)
-    assert set(row) == {f"fp8_{c}_{k}" for c in CLASSES for k in Counts._fields[1:]}
+    assert set(row) == {f"fp8_{c}_{k}" for c in CLASSES for k in QuantStats._fields[1:]}
     assert row["fp8_activations_not_finite"] == 0 and row["fp8_weights_underflow"] < 0.1
 
 
@@ -290,7 +290,7 @@ def test_no_counts_has_a_place_for_every_weight():
 
 
 def test_plot_of_the_counts(tmp_path):
-    counts = {f"fp8_{c}_{k}": 0.01 for c in CLASSES for k in Counts._fields[1:]}
+    counts = {f"fp8_{c}_{k}": 0.01 for c in CLASSES for k in QuantStats._fields[1:]}
     rows = [{"step": 1, "loss": 5.0}, {"step": 2, "eval_loss": 5.0} | counts]
     plot_fp8(rows, tmp_path / "plots" / "fp8.png")
     assert (tmp_path / "plots" / "fp8.png").stat().st_size > 10_000

@@ -10,7 +10,7 @@ from reference.grouped import assert_close, grouped_products
 
 from dsv3_jax.aot import gpu
 from dsv3_jax.numerics.kernels import gmm_gpu
-from dsv3_jax.numerics.kernels.gmm_gpu import grouped_outer, grouped_product
+from dsv3_jax.numerics.kernels.gmm_gpu import gmm, tgmm
 
 WIDTH, HIDDEN = 70, 150  # no multiples of a tile, and several tiles
 CASES = {
@@ -46,9 +46,9 @@ def inputs(case: str, dtype: str = "float32", width: int = WIDTH, hidden: int = 
 
 @jax.jit
 def run(rows, weights, grad, sizes):
-    out = grouped_product(rows, weights, sizes, interpret=True)
-    d_rows = grouped_product(grad, weights, sizes, transposed=True, interpret=True)
-    return out, d_rows, grouped_outer(rows, grad, sizes, interpret=True)
+    out = gmm(rows, weights, sizes, interpret=True)
+    d_rows = gmm(grad, weights, sizes, transposed=True, interpret=True)
+    return out, d_rows, tgmm(rows, grad, sizes, interpret=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -76,7 +76,7 @@ def test_widths(width, hidden, dtype):
 
 def test_outer_in_the_dtype_asked_for():
     rows, _, grad, sizes = arrays = inputs("uneven", "bfloat16")
-    got = grouped_outer(rows, grad, sizes, dtype=jnp.bfloat16, interpret=True)
+    got = tgmm(rows, grad, sizes, dtype=jnp.bfloat16, interpret=True)
     assert got.dtype == jnp.bfloat16
     assert_close(got, grouped_products(*arrays)[2], 2e-2)  # bfloat16
 
@@ -102,7 +102,7 @@ def test_row_tiles_cover_every_row_once(case):
 def test_widths_that_differ_are_refused():
     rows, weights, _, sizes = inputs("few rows")
     with pytest.raises(ValueError, match="weights of width 150 don't meet rows of width 70"):
-        grouped_product(rows, weights, sizes, transposed=True, interpret=True)
+        gmm(rows, weights, sizes, transposed=True, interpret=True)
 
 
 @pytest.mark.slow
@@ -119,9 +119,9 @@ def test_compiles_for_an_h100(name, tmp_path):
     rows, grad = given(n_rows, width), given(n_rows, hidden)
     weights, sizes = given(n_groups, width, hidden), given(n_groups, dtype=jnp.int32)
     function, *arguments = {
-        "product": (grouped_product, rows, weights, sizes),
-        "transposed": (functools.partial(grouped_product, transposed=True), grad, weights, sizes),
-        "outer": (grouped_outer, rows, grad, sizes),
+        "product": (gmm, rows, weights, sizes),
+        "transposed": (functools.partial(gmm, transposed=True), grad, weights, sizes),
+        "outer": (tgmm, rows, grad, sizes),
     }[name]
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
     program = jax.jit(function).lower(*arguments).compile(compiler_options=options)

@@ -13,7 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.numerics.quantize import BLOCK, TILE, Scaled, dequantize, quantize, requantize
+from dsv3_jax.numerics.quantize import (
+    BLOCK,
+    TILE,
+    QuantizedTensor,
+    dequantize,
+    quantize,
+    requantize,
+)
 
 E4M3 = ml_dtypes.float8_e4m3fn
 SMALL = (3, 5)  # a block whose sides differ, for shapes of two by three blocks
@@ -41,7 +48,7 @@ def assert_codes_close(got, want):
     assert step.max() <= 1 and (step > 0).mean() <= 1e-3, f"{(step > 0).sum()} of {step.size}"
 
 
-def assert_scaled_equal(got: Scaled, values, scale):
+def assert_scaled_equal(got: QuantizedTensor, values, scale):
     np.testing.assert_array_equal(bits_of(got.values), bits_of(values))
     np.testing.assert_array_equal(np.asarray(got.scale).view(np.uint32), scale.view(np.uint32))
 
@@ -61,7 +68,7 @@ def test_activation_tiles(name, power_of_two):
 def test_weight_blocks():
     """Read back exactly; written with amax / 448, and scale 1 where all is zero."""
     want = golden()
-    read = Scaled(of_bits(want["weight.bits_uint8"]), want["weight.scale_inv"])
+    read = QuantizedTensor(of_bits(want["weight.bits_uint8"]), want["weight.scale_inv"])
     np.testing.assert_array_equal(dequantize_jit(read, BLOCK), want["weight.dequant"])
     got = requantize_jit(want["weight.original"], BLOCK)
     np.testing.assert_allclose(got.scale, want["weight.scale_inv"], rtol=1e-6)
@@ -81,7 +88,7 @@ def test_all_codes_and_their_rounding():
     want = golden()
     codes = of_bits(np.arange(256)).reshape(1, 256)
     one = np.ones((1, 2), np.float32)
-    got = dequantize_jit(Scaled(codes, one), TILE)
+    got = dequantize_jit(QuantizedTensor(codes, one), TILE)
     np.testing.assert_array_equal(got[0], want["e4m3fn.code_values"])
     x = np.concatenate([want["e4m3fn.round_in"], [448.0]]).astype(np.float32)  # 448: scale is 1
     got = quantize_jit(x[None], (1, x.size))
@@ -135,7 +142,7 @@ def test_equals_the_twin(shape, block, power_of_two, dtype):
     values, scale = reference_quantize(x.astype(np.float32), block, power_of_two)
     got = quantize_jit(x, block, power_of_two)
     assert_scaled_equal(got, values, scale)
-    back = dequantize_jit(Scaled(values, scale), block)
+    back = dequantize_jit(QuantizedTensor(values, scale), block)
     np.testing.assert_array_equal(back, reference_dequantize(values, scale, block))
 
 
@@ -194,14 +201,14 @@ def test_dequantize_rounds_once():
     codes = of_bits(rng.integers(0, 126, size=(6, 15)))
     scale = rng.uniform(1, 2, size=(2, 3)).astype(np.float32)
     want = reference_dequantize(codes, scale, SMALL).astype(ml_dtypes.bfloat16)
-    got = dequantize_jit(Scaled(codes, scale), SMALL, jnp.bfloat16)
+    got = dequantize_jit(QuantizedTensor(codes, scale), SMALL, jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got), want)
 
 
 def test_scale_of_a_wrong_shape_is_refused():
     codes = of_bits(np.zeros((6, 15)))
     with pytest.raises(ValueError, match=r"scale has shape \(3, 2\).*needs \(2, 3\)"):
-        dequantize(Scaled(codes, np.ones((3, 2), np.float32)), SMALL)
+        dequantize(QuantizedTensor(codes, np.ones((3, 2), np.float32)), SMALL)
     with pytest.raises(ValueError, match=r"scale has shape \(3, 2\).*needs \(2, 3\)"):
         requantize(np.ones((6, 15), np.float32), SMALL, np.ones((3, 2), np.float32))
 
@@ -209,7 +216,7 @@ def test_scale_of_a_wrong_shape_is_refused():
 # Export: the codes that weights came from
 
 
-def random_codes(seed: int, shape=(2, 7, 13), block=SMALL) -> Scaled:
+def random_codes(seed: int, shape=(2, 7, 13), block=SMALL) -> QuantizedTensor:
     """Every finite code, with +-448 and 1 (which tells neighbouring scales apart) in each block."""
     rng = np.random.default_rng(seed)
     magnitude = rng.integers(0, 127, size=shape)
@@ -217,7 +224,7 @@ def random_codes(seed: int, shape=(2, 7, 13), block=SMALL) -> Scaled:
     magnitude[..., :: block[0], 1 :: block[1]] = 56  # 1.0, the second
     codes = of_bits(magnitude + 128 * rng.integers(0, 2, size=shape))
     blocks = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
-    return Scaled(codes, (10.0 ** rng.uniform(-12, 4, size=blocks)).astype(np.float32))
+    return QuantizedTensor(codes, (10.0 ** rng.uniform(-12, 4, size=blocks)).astype(np.float32))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -234,7 +241,7 @@ def test_known_scale_gives_back_any_codes(seed, dtype):
     codes = np.array(made.values)
     codes[np.abs(codes.astype(np.float32)) > 100] = 3.5  # so no block reaches 448
     codes[0, :3, :5] = 0
-    w = dequantize_jit(Scaled(codes, made.scale), SMALL, dtype)
+    w = dequantize_jit(QuantizedTensor(codes, made.scale), SMALL, dtype)
     assert_scaled_equal(requantize_jit(w, SMALL, made.scale), codes, made.scale)
 
 

@@ -38,9 +38,9 @@ def kernels(capacity: float = 1.0) -> Kernels:
         "dkv_no_residuals": _attention(products=(2, 2)),
     }
     table = {f"splash_mha_{name}": kernel for name, kernel in attention.items()}
-    free = dict.fromkeys(("ragged-dot-metadata", "swiglu_tiles"), lambda *_: 0.0)
+    free = dict.fromkeys(("ragged-dot-metadata", "swiglu_quantize"), lambda *_: 0.0)
     grouped = {"ragged-dot-none": ragged, "__gpu$xla.gpu.triton": ragged}
-    grouped |= {"grouped_scaled_matmul": scaled, "grouped_scaled_outer": scaled}
+    grouped |= {"grouped_scaled_matmul": scaled, "grouped_fp8_wgrad": scaled}
     return {**KERNELS, **grouped, **table, **free}
 
 

@@ -2,8 +2,8 @@
 
 from flax import nnx
 
-from dsv3_jax.numerics.fp8 import Keep
-from dsv3_jax.numerics.matmul import gated_product
+from dsv3_jax.numerics.fp8 import SavedInput
+from dsv3_jax.numerics.matmul import swiglu_matmul
 from dsv3_jax.params import Linear
 from dsv3_jax.shapes import Array, Float
 
@@ -16,4 +16,6 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, width, ("mlp", "embed"), std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return gated_product(self.gate_up(x), self.down.kernel.get_value(), Keep("ffn_hidden"))
+        return swiglu_matmul(
+            self.gate_up(x), self.down.kernel.get_value(), SavedInput("ffn_hidden")
+        )

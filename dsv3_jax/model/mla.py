@@ -27,15 +27,15 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
 from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.numerics.attention import causal_attention
-from dsv3_jax.numerics.fp8 import Keep
-from dsv3_jax.numerics.matmul import weight_itself
+from dsv3_jax.numerics.fp8 import SavedInput
+from dsv3_jax.numerics.matmul import dequantized
 from dsv3_jax.params import Linear
 from dsv3_jax.shapes import Array, Bool, Float, Int
 from sharding.context_parallel import to_heads, to_slices, whole
 from sharding.layout import ONE_DEVICE, Layout
 
 # In FP8, the input of the Linear behind attention (report sec. 3.3.3).
-ATTENDED = Keep(power_of_two=True, e5m6=True)
+ATTENDED = SavedInput(power_of_two=True, e5m6=True)
 
 
 class Queries(NamedTuple):
@@ -137,7 +137,7 @@ class MLA(nnx.Module):
             seen: which remembered tokens each query sees.
         """
         a, wide = self.config, {"preferred_element_type": jnp.float32}
-        up = weight_itself(self.kv_up.kernel.get_value(), q.nope.dtype)
+        up = dequantized(self.kv_up.kernel.get_value(), q.nope.dtype)
         up = rearrange(up, "c (h k) -> c h k", h=a.n_heads)
         w_uk, w_uv = jnp.split(up, [a.nope_dim], axis=-1)
         q_latent = jnp.einsum("BHTN,CHN->BHTC", q.nope, w_uk)

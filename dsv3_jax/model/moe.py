@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.ffn import SwiGLU
 from dsv3_jax.model.router import choose_experts, expert_counts, sequence_balance
-from dsv3_jax.numerics.fp8 import Keep
-from dsv3_jax.numerics.matmul import Groups, Weight, at_once, gated_product, product
+from dsv3_jax.numerics.fp8 import SavedInput
+from dsv3_jax.numerics.matmul import Groups, Weight, matmul, swiglu_matmul, undeferred
 from dsv3_jax.params import weight
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.context_parallel import slices_sum
@@ -102,7 +102,9 @@ class MoE(nnx.Module):
             experts = with_replicas(experts, self.redundant[...], layout.mesh)
             slots = slots_of(ids, self.redundant[...], m.n_experts, layout.mesh)
         run = functools.partial(apply_experts, layout.mesh.platform)
-        further = tuple(map(at_once, experts))  # rounds, which are rare and summed where they run
+        further = tuple(
+            map(undeferred, experts)
+        )  # rounds, which are rare and summed where they run
         routed, traffic = exchange(run, experts, tokens, gates, slots, route, further)
         y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
         if m.n_shared:
@@ -146,5 +148,5 @@ def apply_experts(
     """
     gate_up, down = params
     groups = Groups(sizes, platform)
-    hidden = product(rows, gate_up, Keep("dispatched", power_of_two=True), groups)
-    return gated_product(hidden, down, Keep("expert_hidden"), gates, groups)
+    hidden = matmul(rows, gate_up, SavedInput("dispatched", power_of_two=True), groups)
+    return swiglu_matmul(hidden, down, SavedInput("expert_hidden"), gates, groups)

@@ -24,17 +24,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.numerics.gmm import outer, product
+from dsv3_jax.numerics.gmm import gmm, tgmm
 from dsv3_jax.numerics.kernels import fp8_gpu, fp8_tpu
-from dsv3_jax.numerics.kernels.fp8_wgrad_tpu import grouped_scaled_outer, scaled_outer
-from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_tiles
+from dsv3_jax.numerics.kernels.fp8_wgrad_tpu import fp8_wgrad, grouped_fp8_wgrad
+from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_quantize
 from dsv3_jax.numerics.quantize import (
     AMAX_TINY,
     BLOCK,
-    COLUMN,
     E4M3,
     TILE,
-    Scaled,
+    TILE_T,
+    QuantizedTensor,
     dequantize,
     quantize,
 )
@@ -53,10 +53,12 @@ class Slot(NamedTuple):
     """Never read; their gradients are that of a weight, and how its products were rounded."""
 
     weight: Array  # [... D F]
-    counts: Array | None = None  # [... 3 4] on request: `Counts` of activations, gradients, codes
+    counts: Array | None = (
+        None  # [... 3 4] on request: `QuantStats` of activations, gradients, codes
+    )
 
 
-class Counts(NamedTuple):
+class QuantStats(NamedTuple):
     """How numbers became codes."""
 
     all: Array
@@ -68,7 +70,9 @@ class Counts(NamedTuple):
 class Fp8Weight(NamedTuple):
     """A weight as products take it."""
 
-    codes: Scaled | None  # values [... D F], a scale a block of 128x128; None in gradients
+    quantized: (
+        QuantizedTensor | None
+    )  # values [... D F], a scale a block of 128x128; None in gradients
     slot: Slot | None = None
     platform: Platform = Platform("cpu")
 
@@ -76,13 +80,13 @@ class Fp8Weight(NamedTuple):
     def counted(self) -> bool:
         return self.slot is not None and self.slot.counts is not None
 
-    def wide(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The weight itself."""
-        return dequantize(self.codes, BLOCK, dtype)
+        return dequantize(self.quantized, BLOCK, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Keep:
+class SavedInput:
     """How the input of a product is rounded, and what its backward finds of it."""
 
     name: str | None = None  # for the remat policy
@@ -90,73 +94,75 @@ class Keep:
     e5m6: bool = False  # kept with 6 bits of fraction, for the Linear behind attention
 
 
-class Factors(NamedTuple):
+class WgradOperands(NamedTuple):
     """The two of which a weight's gradient is the product: x^T grad, of each group."""
 
-    x: Array | Scaled  # [r D]
-    grad: Array | Scaled  # [r F]
+    x: Array | QuantizedTensor  # [r D]
+    grad: Array | QuantizedTensor  # [r F]
     sizes: Float32[Array, " e"] | None = None  # rows of each group; a float may be a gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fp8_product(
-    keep: Keep, x: Float[Array, "r D"], w: Fp8Weight, sizes: Int[Array, " e"] | None = None
+def fp8_matmul(
+    save: SavedInput, x: Float[Array, "r D"], w: Fp8Weight, sizes: Int[Array, " e"] | None = None
 ) -> Float[Array, "r F"]:
     """x W; with `sizes`, rows of group i times `W[i]`, unspecified beyond the last group."""
-    return forward(keep, x, w, sizes, w.slot is not None)[0]
+    return forward(save, x, w, sizes, w.slot is not None)[0]
 
 
-def _forward(keep: Keep, x, w: Fp8Weight, sizes):
-    return forward(keep, x, w, sizes, w.slot is not None)
+def _forward(save: SavedInput, x, w: Fp8Weight, sizes):
+    return forward(save, x, w, sizes, w.slot is not None)
 
 
-def forward(keep: Keep, x, w: Fp8Weight, sizes, training: bool):
+def forward(save: SavedInput, x, w: Fp8Weight, sizes, training: bool):
     """x W, and what its backward needs."""
-    tiles = quantize(x, TILE, keep.power_of_two and training)
-    kept = lax.reduce_precision(x, 8, 6) if keep.e5m6 else _named(tiles, keep.name)
-    tiles = tiles if keep.e5m6 else kept
+    tiles = quantize(x, TILE, save.power_of_two and training)
+    kept = lax.reduce_precision(x, 8, 6) if save.e5m6 else _named(tiles, save.name)
+    tiles = tiles if save.e5m6 else kept
     counts = _counts(x, tiles, sizes) if w.counted else None
     return _times(tiles, w, sizes, x.dtype), (kept, w._replace(slot=None), sizes, counts)
 
 
-def _backward(keep: Keep, saved, grad):
+def _backward(save: SavedInput, saved, grad):
     w, sizes, counts = saved[1:]
-    d_x, factors, tiles = backward(keep, saved, grad)
+    d_x, factors, tiles = backward(save, saved, grad)
     return d_x, _at_slot(w, factors, counts, grad, tiles, sizes), None
 
 
-def backward(keep: Keep, saved, grad):
+def backward(save: SavedInput, saved, grad):
     """Dgrad, the factors of Wgrad, and the tiles that the gradient became."""
     x, w, sizes, _ = saved
-    x = x if keep.e5m6 else dequantize(x, TILE)
-    return _gradients(x, grad, w, sizes, keep.power_of_two)
+    x = x if save.e5m6 else dequantize(x, TILE)
+    return _gradients(x, grad, w, sizes, save.power_of_two)
 
 
-fp8_product.defvjp(_forward, _backward)
+fp8_matmul.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fp8_gated_product(
-    keep: Keep,
+def fp8_swiglu_matmul(
+    save: SavedInput,
     hidden: Float[Array, "r F2"],
     gates: Float[Array, " r"] | None,
     w: Fp8Weight,
     sizes: Int[Array, " e"] | None = None,
 ) -> Float[Array, "r D"]:
-    """(gates * SwiGLU(hidden)) W, otherwise as `fp8_product`; `hidden` is what is kept."""
-    return gated_forward(keep, hidden, gates, w, sizes)[0]
+    """(gates * SwiGLU(hidden)) W, otherwise as `fp8_matmul`; `hidden` is what is kept."""
+    return gated_forward(save, hidden, gates, w, sizes)[0]
 
 
-def gated_forward(keep: Keep, hidden, gates, w: Fp8Weight, sizes):
-    kept = _named(quantize(hidden, TILE), keep.name)
+def gated_forward(save: SavedInput, hidden, gates, w: Fp8Weight, sizes):
+    kept = _named(quantize(hidden, TILE), save.name)
     on_tpu = w.platform == "tpu"
-    tiles = swiglu_tiles(hidden, gates, False) if on_tpu else quantize(swiglu(hidden, gates), TILE)
+    tiles = (
+        swiglu_quantize(hidden, gates, False) if on_tpu else quantize(swiglu(hidden, gates), TILE)
+    )
     counts = _counts(swiglu(hidden, gates), tiles, sizes) if w.counted else None
     saved = (kept, gates, w._replace(slot=None), sizes, counts)
     return _times(tiles, w, sizes, hidden.dtype), saved
 
 
-def _gated_backward(keep: Keep, saved, grad):
+def _gated_backward(save: SavedInput, saved, grad):
     w, sizes, counts = saved[2:]
     d_inputs, factors, tiles = gated_backward(saved, grad)
     return *d_inputs, _at_slot(w, factors, counts, grad, tiles, sizes), None
@@ -170,10 +176,10 @@ def gated_backward(saved, grad):
     return pull(d_x), factors, tiles
 
 
-fp8_gated_product.defvjp(gated_forward, _gated_backward)
+fp8_swiglu_matmul.defvjp(gated_forward, _gated_backward)
 
 
-def _named(tiles: Scaled, name: str | None) -> Scaled:
+def _named(tiles: QuantizedTensor, name: str | None) -> QuantizedTensor:
     """Under a name by which a remat policy keeps them.
 
     As bits: what it keeps of a float format JAX rounds as if that had infinities, and E4M3 has
@@ -183,20 +189,20 @@ def _named(tiles: Scaled, name: str | None) -> Scaled:
         return tiles
     bits = checkpoint_name(lax.bitcast_convert_type(tiles.values, jnp.uint8), name)
     values = lax.bitcast_convert_type(bits, tiles.values.dtype)
-    return Scaled(values, checkpoint_name(tiles.scale, name))
+    return QuantizedTensor(values, checkpoint_name(tiles.scale, name))
 
 
-def _times(x: Scaled, w: Fp8Weight, sizes, dtype, transposed: bool = False):
-    if w.codes.values.dtype != E4M3:
-        raise TypeError(f"a weight in FP8 has {E4M3.name} codes, not {w.codes.values.dtype}")
+def _times(x: QuantizedTensor, w: Fp8Weight, sizes, dtype, transposed: bool = False):
+    if w.quantized.values.dtype != E4M3:
+        raise TypeError(f"a weight in FP8 has {E4M3.name} codes, not {w.quantized.values.dtype}")
     kernels = KERNELS.get(w.platform)
     if kernels and sizes is None:
-        return kernels.scaled_matmul(x, w.codes, dtype, transposed)
+        return kernels.scaled_matmul(x, w.quantized, dtype, transposed)
     if kernels:
-        return kernels.grouped_scaled_matmul(x, w.codes, sizes, dtype, transposed)
-    x, w, platform = dequantize(x, TILE), w.wide(jnp.float32), w.platform
+        return kernels.grouped_scaled_matmul(x, w.quantized, sizes, dtype, transposed)
+    x, w, platform = dequantize(x, TILE), w.dequantize(jnp.float32), w.platform
     if sizes is not None:
-        return product(x, w, sizes, platform, transposed).astype(dtype)
+        return gmm(x, w, sizes, platform, transposed).astype(dtype)
     return jnp.einsum("rF,DF->rD" if transposed else "rD,DF->rF", x, w).astype(dtype)
 
 
@@ -207,40 +213,42 @@ def _gradients(x, grad, w: Fp8Weight, sizes, power_of_two: bool = False):
     return d_x, _factors(x, grad, sizes, power_of_two), tiles
 
 
-def _at_slot(w: Fp8Weight, factors: Factors, counts, grad, tiles, sizes) -> Fp8Weight:
+def _at_slot(w: Fp8Weight, factors: WgradOperands, counts, grad, tiles, sizes) -> Fp8Weight:
     """The gradient of a weight, and where that is counted how numbers became codes."""
     if counts is not None:
-        counts = jnp.stack([counts, _counts(grad, tiles, sizes), _counts(1, w.codes, None)])
-    return w._replace(codes=None, slot=Slot(weight_gradient(factors, w.platform), counts))
+        counts = jnp.stack([counts, _counts(grad, tiles, sizes), _counts(1, w.quantized, None)])
+    return w._replace(quantized=None, slot=Slot(wgrad(factors, w.platform), counts))
 
 
-def _counts(x, codes: Scaled, sizes) -> Float32[Array, " 4"]:
-    """`Counts` of numbers and their codes; in groups, of the rows that are there."""
+def _counts(x, codes: QuantizedTensor, sizes) -> Float32[Array, " 4"]:
+    """`QuantStats` of numbers and their codes; in groups, of the rows that are there."""
     values, rows = codes.values.astype(jnp.float32), codes.values.shape[-2]
     there = jnp.arange(rows) < (rows if sizes is None else sizes.sum())
     there = there.reshape(*[1] * (values.ndim - 2), -1, 1)
-    marks = Counts(True, (x != 0) & (values == 0), jnp.abs(values) == 448, ~jnp.isfinite(values))
+    marks = QuantStats(
+        True, (x != 0) & (values == 0), jnp.abs(values) == 448, ~jnp.isfinite(values)
+    )
     marks = (jnp.broadcast_to(mark & there, values.shape) for mark in marks)
     return jnp.stack([mark.sum(dtype=jnp.float32) for mark in marks])
 
 
-def _factors(x, grad, sizes, power_of_two: bool) -> Factors:
+def _factors(x, grad, sizes, power_of_two: bool) -> WgradOperands:
     """Both in tiles of 128x1."""
     if sizes is not None:  # what lies beyond the groups must not reach the scales
         there = (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
         x, grad = (jnp.where(there, part, 0) for part in (x, grad))
         sizes = sizes.astype(jnp.float32)
-    codes = quantize(x, COLUMN, power_of_two), quantize(grad, COLUMN, floor=AMAX_TINY)
-    return Factors(*codes, sizes)
+    codes = quantize(x, TILE_T, power_of_two), quantize(grad, TILE_T, floor=AMAX_TINY)
+    return WgradOperands(*codes, sizes)
 
 
-def weight_gradient(factors: Factors, platform: str) -> Float32[Array, "..."]:
+def wgrad(factors: WgradOperands, platform: str) -> Float32[Array, "..."]:
     """Wgrad, [D F] or [e D F]."""
     x, grad, sizes = factors
     sizes = None if sizes is None else sizes.astype(jnp.int32)
     if platform == "tpu":
-        return scaled_outer(x, grad) if sizes is None else grouped_scaled_outer(x, grad, sizes)
-    x, grad = dequantize(x, COLUMN), dequantize(grad, COLUMN)
+        return fp8_wgrad(x, grad) if sizes is None else grouped_fp8_wgrad(x, grad, sizes)
+    x, grad = dequantize(x, TILE_T), dequantize(grad, TILE_T)
     if sizes is not None:
-        return outer(x, grad, sizes, platform, jnp.float32)
+        return tgmm(x, grad, sizes, platform, jnp.float32)
     return jnp.einsum("rD,rF->DF", x, grad)

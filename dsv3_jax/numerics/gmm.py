@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.numerics.kernels.gmm_gpu import grouped_outer, grouped_product
+from dsv3_jax.numerics.kernels import gmm_gpu
 from dsv3_jax.shapes import Array, Float, Int
 
 LARGEST, SMALLEST = 512, 64  # rows of a block
@@ -38,24 +38,24 @@ def grouped_matmul(
             expands it, and compiled for v5p and tpu7x), on "gpu" or "cuda" a Pallas kernel (checked
             in interpret mode and compiled for H100).
     """
-    return product(rows, weights, sizes, platform)
+    return gmm(rows, weights, sizes, platform)
 
 
 def _forward(rows, weights, sizes, platform):
-    return product(rows, weights, sizes, platform), (rows, weights, sizes)
+    return gmm(rows, weights, sizes, platform), (rows, weights, sizes)
 
 
 def _backward(platform, saved, grad):
     """Gradients of rows (dgrad) and, summed in float32, of weights (wgrad)."""
     rows, weights, sizes = saved
-    d_rows = product(grad, weights, sizes, platform, transposed=True)
-    return d_rows, outer(rows, grad, sizes, platform, weights.dtype), None
+    d_rows = gmm(grad, weights, sizes, platform, transposed=True)
+    return d_rows, tgmm(rows, grad, sizes, platform, weights.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def product(
+def gmm(
     rows: Float[Array, "r _"],
     weights: Float[Array, "e _ _"],
     sizes: Int[Array, " e"],
@@ -71,11 +71,11 @@ def product(
         )
         return lax.ragged_dot_general(rows, weights, sizes, dims, preferred_element_type=rows.dtype)
     if platform in ("gpu", "cuda"):
-        return grouped_product(rows, weights, sizes, transposed)
+        return gmm_gpu.gmm(rows, weights, sizes, transposed)
     return _walked_product(rows, weights, sizes, transposed)
 
 
-def outer(
+def tgmm(
     rows: Float[Array, "r D"],
     grad: Float[Array, "r F"],
     sizes: Int[Array, " e"],
@@ -89,7 +89,7 @@ def outer(
         )  # the kernel sums in float32, whatever it returns
         return lax.ragged_dot_general(rows, grad, sizes, dims, preferred_element_type=dtype)
     if platform in ("gpu", "cuda"):
-        return grouped_outer(rows, grad, sizes, dtype)
+        return gmm_gpu.tgmm(rows, grad, sizes, dtype)
     return _walked_outer(rows, grad, sizes).astype(dtype)
 
 

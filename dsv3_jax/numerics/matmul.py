@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.numerics.fp8 import Fp8Weight, Keep, fp8_gated_product, fp8_product
+from dsv3_jax.numerics.fp8 import Fp8Weight, SavedInput, fp8_matmul, fp8_swiglu_matmul
 from dsv3_jax.numerics.gmm import grouped_matmul
 from dsv3_jax.numerics.split_backward import Deferred, deferred_gated_product, deferred_product
 from dsv3_jax.numerics.swiglu import swiglu
 from dsv3_jax.shapes import Array, Float, Int
 
 Weight = Array | Fp8Weight | Deferred
-AS_IT_IS = Keep()
+NOT_SAVED = SavedInput()
 
 
 class Groups(NamedTuple):
@@ -27,53 +27,53 @@ class Groups(NamedTuple):
     platform: str = "cpu"  # of the devices
 
 
-def product(
-    x: Float[Array, "*B D"], w: Weight, keep: Keep = AS_IT_IS, groups: Groups | None = None
+def matmul(
+    x: Float[Array, "*B D"], w: Weight, save: SavedInput = NOT_SAVED, groups: Groups | None = None
 ) -> Float[Array, "*B F"]:
     """x W in the format of x; with groups, x is [r D] and rows of group i meet `W[i]`.
 
     Args:
         w: [D F], or [e D F] with groups: then what lies beyond the last one is unspecified.
-        keep: what the backward finds of x.
+        save: what the backward finds of x.
     """
     rows, sizes = x.reshape(-1, x.shape[-1]), None if groups is None else groups.sizes
     if isinstance(w, Fp8Weight):
-        return fp8_product(keep, rows, w, sizes).reshape(*x.shape[:-1], -1)
+        return fp8_matmul(save, rows, w, sizes).reshape(*x.shape[:-1], -1)
     if isinstance(w, Deferred):
         platform = "cpu" if groups is None else groups.platform
-        return deferred_product(keep, rows, w, sizes, platform).reshape(*x.shape[:-1], -1)
-    x = x if keep.name is None else checkpoint_name(x, keep.name)
+        return deferred_product(save, rows, w, sizes, platform).reshape(*x.shape[:-1], -1)
+    x = x if save.name is None else checkpoint_name(x, save.name)
     if groups is None:
         return jnp.einsum("...D,DF->...F", x, w.astype(x.dtype))
     return grouped_matmul(x, w.astype(x.dtype), *groups)
 
 
-def gated_product(
+def swiglu_matmul(
     hidden: Float[Array, "*B F2"],
     w: Weight,
-    keep: Keep,
+    save: SavedInput,
     gates: Float[Array, " r"] | None = None,
     groups: Groups | None = None,
 ) -> Float[Array, "*B D"]:
-    """(gates * SwiGLU(hidden)) W; otherwise as `product`, but `hidden` is what is kept.
+    """(gates * SwiGLU(hidden)) W; otherwise as `matmul`, but `hidden` is what is kept.
 
     The gate multiplies the hidden layer, which is narrower than the result and, unlike it, at hand
     in the backward.
     """
     rows, sizes = hidden.reshape(-1, hidden.shape[-1]), None if groups is None else groups.sizes
     if isinstance(w, Fp8Weight):
-        return fp8_gated_product(keep, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
+        return fp8_swiglu_matmul(save, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
     if isinstance(w, Deferred) and isinstance(w.weight, Fp8Weight):
-        return deferred_gated_product(keep, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
-    hidden = hidden if keep.name is None else checkpoint_name(hidden, keep.name)
-    return product(swiglu(hidden, gates), w, AS_IT_IS, groups)
+        return deferred_gated_product(save, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
+    hidden = hidden if save.name is None else checkpoint_name(hidden, save.name)
+    return matmul(swiglu(hidden, gates), w, NOT_SAVED, groups)
 
 
-def at_once(w: Weight) -> Array | Fp8Weight:
+def undeferred(w: Weight) -> Array | Fp8Weight:
     """The same weight with a gradient that is not deferred."""
     return w.weight if isinstance(w, Deferred) else w
 
 
-def weight_itself(w: Weight, dtype: jax.typing.DTypeLike) -> Array:
+def dequantized(w: Weight, dtype: jax.typing.DTypeLike) -> Array:
     """The weight itself, for what is no product of FP8."""
-    return w.wide(dtype) if isinstance(w, Fp8Weight) else w.astype(dtype)
+    return w.dequantize(dtype) if isinstance(w, Fp8Weight) else w.astype(dtype)

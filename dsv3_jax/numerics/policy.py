@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from dsv3_jax.config import PrecisionConfig
-from dsv3_jax.numerics.quantize import FP8_WIRE
+from dsv3_jax.numerics.quantize import FP8_DISPATCH
 from sharding.dispatch import PLAIN, Wire
 
 
@@ -29,6 +29,6 @@ class Policy:
             compute=jnp.dtype(precision.compute),
             master=jnp.dtype(precision.master),
             moments=jnp.dtype(precision.moments),
-            wire=FP8_WIRE if precision.dispatch == "fp8" else PLAIN,
+            wire=FP8_DISPATCH if precision.dispatch == "fp8" else PLAIN,
             fp8=precision.products == "fp8",
         )

@@ -18,13 +18,13 @@ from sharding.dispatch import Wire
 
 E4M3, E4M3_MAX = jnp.dtype(jnp.float8_e4m3fn), 448.0
 TILE = (1, 128)  # activations: one scale per token and 128 channels
-COLUMN = (128, 1)  # what is summed over tokens: one scale per channel and 128 tokens
+TILE_T = (128, 1)  # what is summed over tokens: one scale per channel and 128 tokens
 BLOCK = (128, 128)  # weights
 AMAX_FLOOR = 1e-4  # of the published activation kernel: a block of zeros has a scale, too
 AMAX_TINY = E4M3_MAX * 2.0**-126  # below it, amax / 448 is no normal float32
 
 
-class Scaled(NamedTuple):
+class QuantizedTensor(NamedTuple):
     """Numbers as `values * scale`, the scale that of their block."""
 
     values: Array  # [... R D] float8_e4m3fn
@@ -37,7 +37,7 @@ def quantize(
     block: tuple[int, int],
     power_of_two: bool = False,
     floor: float = AMAX_FLOOR,
-) -> Scaled:
+) -> QuantizedTensor:
     """The nearest E4M3 codes under scale max(amax, floor) / 448, or the power of two from there up.
 
     An element is off by at most 1/17 of itself (half a step of 1/8), or 2^-10 of the scale if that
@@ -45,13 +45,13 @@ def quantize(
     """
     amax = jnp.maximum(_amax(x, block), floor)
     scale = _power_of_two_scale(amax) if power_of_two else _exact_scale(amax)
-    return Scaled(_codes(x, scale, block), scale)
+    return QuantizedTensor(_codes(x, scale, block), scale)
 
 
 @jax.named_scope("quantize")
-def quantize_share(
+def quantize_shard(
     x: Float[Array, "*B r d"], start: tuple, whole: tuple[int, int], largest: Callable
-) -> Scaled:
+) -> QuantizedTensor:
     """This device's share of a weight in blocks of 128x128 -> its codes, and all blocks' scales.
 
     A block may lie on several devices, so the codes are those of the whole, however it is split.
@@ -70,47 +70,51 @@ def quantize_share(
     units = jnp.zeros((*x.shape[:-2], rows // unit[0], cols // unit[1]), jnp.float32)
     units = largest(lax.dynamic_update_slice(units, mine, at))
     scale = _exact_scale(jnp.maximum(_amax(units, block), AMAX_FLOOR))
-    each = lax.dynamic_slice(_spread(scale, block, units.shape), at, mine.shape)
-    return Scaled(_codes(x, each, unit), scale)
+    each = lax.dynamic_slice(broadcast_scale(scale, block, units.shape), at, mine.shape)
+    return QuantizedTensor(_codes(x, each, unit), scale)
 
 
-def dequantize(scaled: Scaled, block: tuple[int, int], dtype=jnp.float32) -> Float[Array, "..."]:
+def dequantize(
+    scaled: QuantizedTensor, block: tuple[int, int], dtype=jnp.float32
+) -> Float[Array, "..."]:
     """Values times scales in float32, rounded once to `dtype`."""
-    wide = scaled.values.astype(jnp.float32) * _spread(scaled.scale, block, scaled.values.shape)
+    wide = scaled.values.astype(jnp.float32) * broadcast_scale(
+        scaled.scale, block, scaled.values.shape
+    )
     return wide.astype(dtype)
 
 
-class Tiles(NamedTuple):
+class DispatchedTiles(NamedTuple):
     """Rows whose tiles share a power of two, for the way between ranks."""
 
     values: Array  # [t D] float8_e4m3fn
     exponent: Array  # [t ceil(D/128)] uint8, biased by 127
 
 
-def _encode(rows: Float[Array, "t D"]) -> Tiles:
+def _encode(rows: Float[Array, "t D"]) -> DispatchedTiles:
     """Gradients travel, too, and are often smaller than the floor for activations."""
     values, scale = quantize(rows, TILE, power_of_two=True, floor=AMAX_TINY)
     bits = lax.bitcast_convert_type(scale, jnp.uint32)
-    return Tiles(values, (bits >> 23).astype(jnp.uint8))
+    return DispatchedTiles(values, (bits >> 23).astype(jnp.uint8))
 
 
-def _decode(tiles: Tiles, dtype) -> Float[Array, "t D"]:
+def _decode(tiles: DispatchedTiles, dtype) -> Float[Array, "t D"]:
     """Exact in bfloat16, too: a code has 4 bits and keeps them."""
     bits = tiles.exponent.astype(jnp.uint32) << 23
     scale = lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
-    return tiles.values.astype(dtype) * _spread(scale, TILE, tiles.values.shape)
+    return tiles.values.astype(dtype) * broadcast_scale(scale, TILE, tiles.values.shape)
 
 
 # Rows between ranks (report sec. 3.3.3). Powers of two, so that what was decoded encodes to the
 # same numbers again: a row may take two hops.
-FP8_WIRE = Wire(_encode, _decode)
+FP8_DISPATCH = Wire(_encode, _decode)
 
 
 def requantize(
     w: Float[Array, "*B R D"],
     block: tuple[int, int],
     known_scale: Float32[Array, "*B _ _"] | None = None,
-) -> Scaled:
+) -> QuantizedTensor:
     """Codes from which `w` comes back exactly, in its own dtype, wherever such codes are found.
 
     Weights read from E4M3 codes get these codes and scales back: float32 ones if a code in the
@@ -129,20 +133,20 @@ def requantize(
     scale = plain
     for candidate in candidates:  # the last that fits
         scale = jnp.where(_fits(w, candidate, block), candidate, scale)
-    return Scaled(_codes(w, scale, block), scale)
+    return QuantizedTensor(_codes(w, scale, block), scale)
 
 
 def _fits(w, scale, block: tuple[int, int]):
     """Which blocks of `w` are codes times `scale`, in every element."""
     # The barriers keep XLA from dropping the two roundings that are in question.
     codes = lax.optimization_barrier(_codes(w, scale, block))
-    back = lax.optimization_barrier(dequantize(Scaled(codes, scale), block, w.dtype))
+    back = lax.optimization_barrier(dequantize(QuantizedTensor(codes, scale), block, w.dtype))
     return _blocks(back == w, block, True).all(axis=(-3, -1))
 
 
 def _codes(x, scale, block: tuple[int, int]):
     """The E4M3 numbers nearest to x / scale, ties to even; scales that belong to x keep to 448."""
-    return (x.astype(jnp.float32) / _spread(scale, block, x.shape)).astype(E4M3)
+    return (x.astype(jnp.float32) / broadcast_scale(scale, block, x.shape)).astype(E4M3)
 
 
 def _amax(x, block: tuple[int, int]):
@@ -162,7 +166,7 @@ def _blocks(x, block: tuple[int, int], fill):
     return rearrange(x, "... (r a) (d b) -> ... r a d b", a=rows, b=cols)
 
 
-def _spread(scale, block: tuple[int, int], shape: tuple[int, ...]):
+def broadcast_scale(scale, block: tuple[int, int], shape: tuple[int, ...]):
     """Each element's scale for an array of `shape`: a broadcast, which XLA fuses with its use."""
     want = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
     if scale.shape != want:

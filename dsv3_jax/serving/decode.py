@@ -21,7 +21,7 @@ from jax import lax
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.deepseek import DeepSeekV3, positions_of
 from dsv3_jax.model.mla import Latents
-from dsv3_jax.numerics.quantize import TILE, Scaled, dequantize, quantize
+from dsv3_jax.numerics.quantize import TILE, QuantizedTensor, dequantize, quantize
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.layout import Layout
 
@@ -29,7 +29,7 @@ from sharding.layout import Layout
 class Fp8Latents(NamedTuple):
     """`Latents` with c_kv in tiles of 128; the rotary key, a ninth of the numbers, stays wide."""
 
-    c_kv: Scaled  # values [B S C]
+    c_kv: QuantizedTensor  # values [B S C]
     k_rope: Float[Array, "B S R"]
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.losses import Batch, training_loss
-from dsv3_jax.numerics.fp8 import Counts
+from dsv3_jax.numerics.fp8 import QuantStats
 from dsv3_jax.params import named_arrays, no_counts
 from dsv3_jax.training.evaluate import model_in_region
 from sharding.layout import Layout
@@ -19,7 +19,7 @@ CLASSES = ("activations", "gradients", "weights")  # what meets in the three pro
 
 
 def make_fp8_stats(config: Config, mesh: Mesh, layout: Layout) -> Callable:
-    """(params, bias, batch) -> counts [L 3 4] of every weight in FP8: `CLASSES` by `Counts`.
+    """(params, bias, batch) -> counts [L 3 4] of every weight in FP8: `CLASSES` by `QuantStats`.
 
     A forward and a backward of their own, in which all that is wanted are the counts.
     """
@@ -44,7 +44,7 @@ def shares(counts: nnx.State) -> dict[str, float]:
     total = sum(np.asarray(x).reshape(-1, 3, 4).sum(0) for x in named_arrays(counts).values())
     row = {}
     for name, numbers in zip(CLASSES, total, strict=True):
-        counted = Counts(*numbers)
-        for kind in Counts._fields[1:]:
+        counted = QuantStats(*numbers)
+        for kind in QuantStats._fields[1:]:
             row[f"fp8_{name}_{kind}"] = float(getattr(counted, kind) / counted.all)
     return row

@@ -189,7 +189,7 @@ class _Layer:
     def _inputs(self, weights, x):
         """What `_run` gets besides x: weights, slots, and zeros for factors."""
         slots = {
-            path: jnp.zeros(value.codes.values.shape, jnp.float32)
+            path: jnp.zeros(value.quantized.values.shape, jnp.float32)
             for path, value in named_arrays(weights[0]).items()
             if isinstance(value, Fp8Weight) and self._has_more_rounds(weights[0], path)
         }

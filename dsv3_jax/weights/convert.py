@@ -20,7 +20,7 @@ from dsv3_jax.checkpoint import Checkpoints
 from dsv3_jax.config_cli import to_dict
 from dsv3_jax.mesh_checks import check_model_mesh
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.numerics.quantize import BLOCK, Scaled, dequantize
+from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor, dequantize
 from dsv3_jax.progress import byte_bar
 from dsv3_jax.weights.hf_names import SCALE, copies_in_mtp, to_official
 from dsv3_jax.weights.load import read_scale
@@ -181,4 +181,4 @@ def _same(folder: Folder, name: str, value: np.ndarray) -> bool:
 
 @jax.jit
 def _wide(values, scale):
-    return dequantize(Scaled(values, scale), BLOCK)
+    return dequantize(QuantizedTensor(values, scale), BLOCK)

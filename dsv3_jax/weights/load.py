@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.numerics.quantize import BLOCK, E4M3, Scaled, dequantize
+from dsv3_jax.numerics.quantize import BLOCK, E4M3, QuantizedTensor, dequantize
 from dsv3_jax.shapes import Float32
 from dsv3_jax.weights.hf_names import SCALE, is_turned, official_names, our_shapes
 from dsv3_jax.weights.safetensors import Folder, Range
@@ -226,7 +226,9 @@ def read_scale(folder: Folder, name: str, rows: Range | None = None) -> Float32[
 def _converted(values, scale, skip: tuple[int, ...], shape: tuple[int, ...], dtype) -> jax.Array:
     """The wanted part of a piece in `dtype`, rounded once."""
     if scale is not None:
-        values = dequantize(Scaled(values, scale), BLOCK)  # square, so the same when turned
+        values = dequantize(
+            QuantizedTensor(values, scale), BLOCK
+        )  # square, so the same when turned
     part = tuple(slice(start, start + n) for start, n in zip(skip, shape, strict=True))
     return values[part].astype(dtype)
 

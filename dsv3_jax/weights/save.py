@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.numerics.quantize import BLOCK, Scaled, requantize
+from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor, requantize
 from dsv3_jax.progress import Advance
 from dsv3_jax.shapes import Array, Float, Float32
 from dsv3_jax.weights.hf_config import official_config
@@ -118,5 +118,7 @@ def _tensors(
 
 
 @jax.jit
-def _requantized(value: Float[Array, "D F"], known: Float32[Array, "_ _"] | None) -> Scaled:
+def _requantized(
+    value: Float[Array, "D F"], known: Float32[Array, "_ _"] | None
+) -> QuantizedTensor:
     return requantize(value, BLOCK, known)

@@ -25,7 +25,7 @@ from dsv3_jax.config_cli import from_dict
 from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
 from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.numerics.quantize import BLOCK, E4M3, Scaled
+from dsv3_jax.numerics.quantize import BLOCK, E4M3, QuantizedTensor
 from dsv3_jax.params import named_arrays, scale_spec, specs
 from dsv3_jax.progress import Advance
 from dsv3_jax.weights.hf_config import length_of, read_config, read_length
@@ -109,7 +109,7 @@ def filled(state: nnx.State, arrays: Arrays, scales: Arrays = MappingProxyType({
         if name not in scales:
             return variable.replace(arrays[name])
         (device,) = {device.platform for device in arrays[name].devices()}
-        codes = Scaled(arrays[name], scales[name])
+        codes = QuantizedTensor(arrays[name], scales[name])
         return variable.replace(Fp8Weight(codes, platform=Platform(device)))
 
     return nnx.map_state(one, state)

@@ -28,7 +28,7 @@ def e5m6(x) -> np.ndarray:
     return np.ldexp(np.round(fraction * 2**7) / 2**7, exponent).astype(np.float32)
 
 
-def product(x, w, power_of_two: bool = False) -> np.ndarray:
+def matmul(x, w, power_of_two: bool = False) -> np.ndarray:
     """Fprop, 128 of the inner dimension at a time, summed in float64."""
     x, w = quantized(x, (1, 128), power_of_two), quantized(w, (128, 128))
     pieces = (slice(k, k + 128) for k in range(0, x.shape[1], 128))
@@ -36,7 +36,7 @@ def product(x, w, power_of_two: bool = False) -> np.ndarray:
 
 
 def gradients(x, w, grad, power_of_two: bool = False, kept_wide: bool = False):
-    """Dgrad and Wgrad of `product`; the input was kept in tiles 1x128, or with 6 bits."""
+    """Dgrad and Wgrad of `matmul`; the input was kept in tiles 1x128, or with 6 bits."""
     d_x = quantized(grad, (1, 128), floor=TINY).astype(np.float64) @ quantized(w, (128, 128)).T
     kept = e5m6(x) if kept_wide else quantized(x, (1, 128), power_of_two)
     turned = quantized(kept, (128, 1), power_of_two).astype(np.float64)

@@ -19,15 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dsv3_jax.numerics.kernels.gmm_gpu import BAND, load, row_tiles, store
-from dsv3_jax.numerics.quantize import BLOCK, Scaled
+from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor
 from dsv3_jax.shapes import Array, Float, Int
 
 EDGE = BLOCK[0]  # numbers that share a scale, along a row; a tile of the result is as wide
 
 
 def scaled_matmul(
-    x: Scaled,
-    w: Scaled,
+    x: QuantizedTensor,
+    w: QuantizedTensor,
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
     interpret: bool = False,
@@ -39,8 +39,8 @@ def scaled_matmul(
 
 
 def grouped_scaled_matmul(
-    x: Scaled,
-    w: Scaled,
+    x: QuantizedTensor,
+    w: QuantizedTensor,
     sizes: Int[Array, " e"],
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,

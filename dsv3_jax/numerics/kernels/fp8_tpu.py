@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from dsv3_jax.numerics.quantize import Scaled
+from dsv3_jax.numerics.quantize import QuantizedTensor
 from dsv3_jax.shapes import Array, Float, Int
 
 EDGE = 128  # of a block, or the length of a tile, with one scale
@@ -29,7 +29,7 @@ LANES, SUBLANES = 256, 32  # of a product on tpu7x's MXU, of what is added to th
 VMEM_BYTES = 48 * 2**20
 
 
-class Visits(NamedTuple):
+class TileSchedule(NamedTuple):
     """Which rows of which tile meet which group, in turn; those too many have no rows."""
 
     group: Array  # [visits]
@@ -39,8 +39,8 @@ class Visits(NamedTuple):
 
 
 def scaled_matmul(
-    x: Scaled,
-    w: Scaled,
+    x: QuantizedTensor,
+    w: QuantizedTensor,
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
     interpret: bool = False,
@@ -62,13 +62,13 @@ def scaled_matmul(
     Source: DeepSeek-V3 report (arXiv 2412.19437), sec. 3.3.2.
     """
     sizes = jnp.full((1,), x.values.shape[0], jnp.int32)
-    w = Scaled(w.values[None], w.scale[None])
+    w = QuantizedTensor(w.values[None], w.scale[None])
     return grouped_scaled_matmul(x, w, sizes, dtype, transposed, interpret, depth)
 
 
 def grouped_scaled_matmul(
-    x: Scaled,
-    w: Scaled,
+    x: QuantizedTensor,
+    w: QuantizedTensor,
     sizes: Int[Array, " e"],
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
@@ -95,13 +95,23 @@ def grouped_scaled_matmul(
         raise ValueError(f"weights of width {summed} don't meet rows of width {width}")
     every = depth // EDGE
     block_scale = (w.scale.mT if transposed else w.scale)[:, ::every]
-    rows = Scaled(pad(x.values, (EDGE, depth)), pad(x.scale[:, ::every], (EDGE, 1)).T[:, None])
+    rows = QuantizedTensor(
+        pad(x.values, (EDGE, depth)), pad(x.scale[:, ::every], (EDGE, 1)).T[:, None]
+    )
     matrices = pad(w.values, (1, depth) if transposed else (depth, 1))
-    w = Scaled(matrices, _by_columns(block_scale))
+    w = QuantizedTensor(matrices, _by_columns(block_scale))
     return _multiply(rows, w, sizes, dtype, transposed, interpret, depth)[:n_rows]
 
 
-def _multiply(x: Scaled, w: Scaled, sizes, dtype, transposed: bool, interpret: bool, depth: int):
+def _multiply(
+    x: QuantizedTensor,
+    w: QuantizedTensor,
+    sizes,
+    dtype,
+    transposed: bool,
+    interpret: bool,
+    depth: int,
+):
     """Scales are [K/depth 1 M] and [e columns K/depth n 128]; M and K are padded."""
     n_pieces, _, n_rows = x.scale.shape
     _, n_columns, _, n, _ = w.scale.shape
@@ -109,7 +119,7 @@ def _multiply(x: Scaled, w: Scaled, sizes, dtype, transposed: bool, interpret: b
     rows, cols = min(_rows_of_a_tile(n_rows, sizes.size), n_rows), min(COLUMNS, columns)
     pieces = largest_divisor(n_pieces, STEP // depth)
     step = pieces * depth
-    visits, n_visits = visits_of(sizes, n_rows, rows)
+    visits, n_visits = tile_schedule(sizes, n_rows, rows)
 
     def matrix(j, v, k, group, *_):
         return (group[v], j, k) if transposed else (group[v], k, j)
@@ -162,9 +172,9 @@ def largest_divisor(n: int, limit: int) -> int:
     return max(divisor for divisor in range(1, limit + 1) if n % divisor == 0)
 
 
-def visits_of(
+def tile_schedule(
     sizes: Int[Array, " e"], n_rows: int, rows: int, empty: int = 0
-) -> tuple[Visits, Int[Array, ""]]:
+) -> tuple[TileSchedule, Int[Array, ""]]:
     """Row tiles of group after group, and how many there are.
 
     Args:
@@ -182,7 +192,7 @@ def visits_of(
     group = (ends[None, :] <= index[:, None]).sum(-1, dtype=jnp.int32)
     group = jnp.minimum(group, sizes.size - 1)
     tile = jnp.minimum(first[group] + index - (ends - count)[group], n_tiles - 1)
-    return Visits(group, tile, start[group], stop[group]), jnp.maximum(ends[-1], 1)
+    return TileSchedule(group, tile, start[group], stop[group]), jnp.maximum(ends[-1], 1)
 
 
 def _by_columns(scale):

@@ -19,16 +19,19 @@ from dsv3_jax.numerics.kernels.fp8_tpu import (
     largest_divisor,
     pad,
     product,
-    visits_of,
+    tile_schedule,
 )
-from dsv3_jax.numerics.quantize import Scaled
+from dsv3_jax.numerics.quantize import QuantizedTensor
 from dsv3_jax.shapes import Array, Float, Int
 
 WIDE, STEP = 1024, 1024  # of a tile of the result, and of the sum in one step
 
 
-def scaled_outer(
-    x: Scaled, g: Scaled, dtype: jax.typing.DTypeLike = jnp.float32, interpret: bool = False
+def fp8_wgrad(
+    x: QuantizedTensor,
+    g: QuantizedTensor,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    interpret: bool = False,
 ) -> Float[Array, "D F"]:
     """x transposed times g, summed in float32 in pieces of 128 rows, each times its scales.
 
@@ -41,12 +44,12 @@ def scaled_outer(
         interpret: run the kernel's steps as XLA operations, on any platform.
     """
     sizes = jnp.full((1,), -(-x.values.shape[0] // EDGE) * EDGE, jnp.int32)  # zeros behind
-    return grouped_scaled_outer(x, g, sizes, dtype, interpret)[0]
+    return grouped_fp8_wgrad(x, g, sizes, dtype, interpret)[0]
 
 
-def grouped_scaled_outer(
-    x: Scaled,
-    g: Scaled,
+def grouped_fp8_wgrad(
+    x: QuantizedTensor,
+    g: QuantizedTensor,
     sizes: Int[Array, " e"],
     dtype: jax.typing.DTypeLike = jnp.float32,
     interpret: bool = False,
@@ -66,16 +69,16 @@ def grouped_scaled_outer(
     n_rows, other = x.values.shape[0], g.values.shape[0]
     if n_rows != other:
         raise ValueError(f"{n_rows} rows of x don't meet {other} of g")
-    x, g = (Scaled(pad(s.values, (EDGE, 1)), s.scale[:, None]) for s in (x, g))
+    x, g = (QuantizedTensor(pad(s.values, (EDGE, 1)), s.scale[:, None]) for s in (x, g))
     return _multiply(x, g, sizes, dtype, interpret)
 
 
-def _multiply(x: Scaled, g: Scaled, sizes, dtype, interpret: bool):
+def _multiply(x: QuantizedTensor, g: QuantizedTensor, sizes, dtype, interpret: bool):
     """Scales are [T/128 1 D] and [T/128 1 F]; T is padded."""
     (n_rows, width), columns = x.values.shape, g.values.shape[1]
     pieces = largest_divisor(n_rows // EDGE, STEP // EDGE)
     rows, wide, cols = pieces * EDGE, min(WIDE, width), min(WIDE, columns)
-    visits, n_visits = visits_of(sizes, n_rows, rows, empty=1)
+    visits, n_visits = tile_schedule(sizes, n_rows, rows, empty=1)
     return pl.pallas_call(
         _outer_kernel,
         out_shape=jax.ShapeDtypeStruct((sizes.size, width, columns), dtype),
@@ -98,7 +101,7 @@ def _multiply(x: Scaled, g: Scaled, sizes, dtype, interpret: bool):
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
-        name="grouped_scaled_outer",
+        name="grouped_fp8_wgrad",
     )(*visits, *x, *g)
 
 

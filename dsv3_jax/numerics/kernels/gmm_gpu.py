@@ -39,7 +39,7 @@ class _RowTiles(NamedTuple):
     stop: Array  # [tiles]
 
 
-def grouped_product(
+def gmm(
     rows: Float[Array, "r D"],
     weights: Float[Array, "e _ _"],
     sizes: Int[Array, " e"],
@@ -70,11 +70,11 @@ def grouped_product(
         grid=(BAND, pl.cdiv(columns, tiles.columns), found.start.size // BAND),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        name="grouped_product",
+        name="gmm",
     )(*found, rows, weights)
 
 
-def grouped_outer(
+def tgmm(
     rows: Float[Array, "r D"],
     grad: Float[Array, "r F"],
     sizes: Int[Array, " e"],
@@ -99,7 +99,7 @@ def grouped_outer(
         grid=(pl.cdiv(columns, tiles.columns), pl.cdiv(width, tiles.rows), sizes.size),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        name="grouped_outer",
+        name="tgmm",
     )(stop - sizes.astype(jnp.int32), stop, rows, grad)
 
 

@@ -8,19 +8,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from dsv3_jax.numerics.quantize import AMAX_FLOOR, E4M3_MAX, TILE, Scaled
+from dsv3_jax.numerics.quantize import AMAX_FLOOR, E4M3_MAX, TILE, QuantizedTensor
 from dsv3_jax.shapes import Array, Float
 
 ROWS, NUMBERS = 256, 2**21  # of the hidden layer, at most, in one step
 VMEM_BYTES = 48 * 2**20
 
 
-def swiglu_tiles(
+def swiglu_quantize(
     hidden: Float[Array, "r F2"],
     gates: Float[Array, " r"] | None,
     power_of_two: bool,
     interpret: bool = False,
-) -> Scaled:
+) -> QuantizedTensor:
     """The codes of silu(gate) * up * gates, computed in float32, as `quantize` finds them.
 
     A half that is no multiple of 128 wide is padded, which copies it.
@@ -65,13 +65,13 @@ def swiglu_tiles(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
-        name="swiglu_tiles",
+        name="swiglu_quantize",
     )(
         lax.optimization_barrier(jnp.full((rows, n_tiles), E4M3_MAX)),
         hidden,
         gates.astype(jnp.float32),
     )
-    return Scaled(values[:, :width], scale)
+    return QuantizedTensor(values[:, :width], scale)
 
 
 def _kernel(largest_ref, hidden_ref, gates_ref, values_ref, scale_ref, y_ref, *, power_of_two):
