@@ -49,13 +49,13 @@ CONFIG = Config(
         attention=AttentionConfig(
             n_heads=4, q_rank=96, kv_rank=64, nope_dim=128, rope_dim=64, value_dim=128
         ),
-        moe=MoEConfig(n_experts=16, n_shared=1, hidden=128, top_k=4, n_groups=4, n_groups_kept=2),
+        moe=MoEConfig(n_experts=16, n_shared=1, hidden=128, top_k=4, n_groups=4, topk_groups=2),
         mtp_depth=0,
         init_std=0.02,
     ),
     train=TrainConfig(batch=4, seq_len=256, steps=1000),
     optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=10),
-    losses=LossConfig(balance_weight=0.0, bias_rate=0.0),
+    losses=LossConfig(balance_weight=0.0, bias_update_speed=0.0),
     precision=PrecisionConfig(compute="float32", moments="float32"),
     parallel=ParallelConfig(remat="none", unroll=3),
 )
@@ -100,7 +100,7 @@ def transformers_step() -> Callable[[np.ndarray], float]:
         v_head_dim=attention.value_dim,
         qk_nope_head_dim=attention.nope_dim,
         n_group=moe.n_groups,
-        topk_group=moe.n_groups_kept,
+        topk_group=moe.topk_groups,
         num_experts_per_tok=moe.top_k,
         first_k_dense_replace=model.n_dense,
         norm_topk_prob=moe.normalize,

@@ -31,7 +31,7 @@ def get_config() -> Config:
                 n_heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128
             ),
             moe=MoEConfig(
-                n_experts=256, n_shared=1, hidden=2048, top_k=8, n_groups=8, n_groups_kept=4
+                n_experts=256, n_shared=1, hidden=2048, top_k=8, n_groups=8, topk_groups=4
             ),
         ),
         train=TrainConfig(
@@ -45,6 +45,7 @@ def get_config() -> Config:
         ema=EmaConfig(decay=0.999),
         data=DataConfig(tokenizer="deepseek", fim_rate=0.1, split_rate=0.1),
         precision=PrecisionConfig(dispatch="fp8"),
-        parallel=ParallelConfig(zero=3, remat="full", pieces=2),
-        pipeline=PipelineConfig(late=0),  # what W waits with takes 2.3 GB a layer and micro-batch
+        parallel=ParallelConfig(zero=3, remat="full", overlap_chunks=2),
+        # The operands of deferred weight gradients take 2.3 GB per layer per micro-batch.
+        pipeline=PipelineConfig(max_deferred_wgrads=0),
     )

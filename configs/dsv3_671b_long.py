@@ -33,6 +33,6 @@ def get_config() -> Config:
         model=dataclasses.replace(base.model, attention=attention),
         train=TrainConfig(batch=480, seq_len=131_072, steps=1000),
         optimizer=OptimizerConfig(peak_lr=RATE, decayed_lr=RATE, tail_lr=RATE, warmup_steps=0),
-        losses=LossConfig(mtp_weight=0.1, bias_rate=0.0),  # as at the end of pre-training
+        losses=LossConfig(mtp_weight=0.1, bias_update_speed=0.0),  # as at the end of pre-training
         parallel=dataclasses.replace(base.parallel, context=32),
     )

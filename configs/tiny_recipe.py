@@ -39,7 +39,7 @@ def get_config() -> Config:
         data=DataConfig(fim_rate=0.1),
         losses=LossConfig(
             mtp_late_tokens=10e12 * SCALE,
-            bias_rate=0.02,  # the report's 0.001 would not arrive
+            bias_update_speed=0.02,  # the report's 0.001 would not arrive
             bias_stop_tokens=14.3e12 * SCALE,
         ),
         optimizer=OptimizerConfig(

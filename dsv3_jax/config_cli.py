@@ -1,11 +1,23 @@
 """Configs in other clothes: fields replaced by `--set a.b=value`, plain values for config.json."""
 
 import ast
+import copy
 import dataclasses
 import difflib
 import math
 import types
 import typing
+
+RENAMED = {  # fields of older versions, by their names in them
+    "losses.bias_update_speed": "losses.bias_update_speed",
+    "model.moe.topk_groups": "model.moe.topk_groups",
+    "parallel.capacity_factor": "parallel.capacity_factor",
+    "parallel.overlap_chunks": "parallel.overlap_chunks",
+    "parallel.rebalance_every": "parallel.rebalance_every",
+    "pipeline.max_deferred_wgrads": "pipeline.max_deferred_wgrads",
+    "pipeline.micro_batch_size": "pipeline.micro_batch_size",
+    "precision.matmul": "precision.matmul",
+}
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -27,7 +39,10 @@ def override(config, *assignments: str):
         path, sign, text = assignment.partition("=")
         if not sign:
             raise ValueError(f"--set {assignment!r}: expected section.field=value")
-        _assign(type(config), values, path.strip(), text.strip())
+        path = path.strip()
+        if path in RENAMED:
+            raise KeyError(f"{path} is now {RENAMED[path]}")
+        _assign(type(config), values, path, text.strip())
     return from_dict(type(config), values)
 
 
@@ -93,9 +108,22 @@ def to_dict(config) -> dict:
     return dataclasses.asdict(config)
 
 
+def with_new_names(values: dict) -> dict:
+    """Return saved values of a config with fields of older versions under today's names."""
+    values = copy.deepcopy(values)
+    for old, new in RENAMED.items():
+        *path, name = old.split(".")
+        section = values
+        for key in path:
+            section = section.get(key) or {}
+        if name in section:
+            section[new.rpartition(".")[2]] = section.pop(name)
+    return values
+
+
 def differences(config, saved: dict) -> list[str]:
-    """A line "a.b: saved -> now" for each field of `config` that differs from a `to_dict`."""
-    now, before = _flatten(to_dict(config)), _flatten(saved)
+    """Return a line "a.b: saved -> now" for each field that differs from a saved `to_dict`."""
+    now, before = _flatten(to_dict(config)), _flatten(with_new_names(saved))
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(now.keys() | before.keys())

@@ -35,7 +35,7 @@ def rows_a_device(config: Config, mesh: MeshSpec) -> int:
 
 def n_micro_batches(config: Config, mesh: MeshSpec) -> int:
     """Micro-batches of a step that pass through the pipeline."""
-    return rows_a_device(config, mesh) // config.pipeline.micro_batch
+    return rows_a_device(config, mesh) // config.pipeline.micro_batch_size
 
 
 def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
@@ -54,21 +54,22 @@ def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
             f"experts and both ends of the model; at most pp={most} works"
         )
     if fits != n_micro:
+        batch = fits * config.pipeline.micro_batch_size * mesh.data // config.parallel.context
         return (
             f"{schedule} on pp={mesh.pp} needs {fits} micro-batches, and train.batch="
-            f"{config.train.batch} makes {n_micro} of pipeline.micro_batch="
-            f"{config.pipeline.micro_batch} on {mesh.data} devices a stage; train.batch="
-            f"{fits * config.pipeline.micro_batch * mesh.data // config.parallel.context} works"
+            f"{config.train.batch} makes {n_micro} of pipeline.micro_batch_size="
+            f"{config.pipeline.micro_batch_size} on {mesh.data} devices a stage; "
+            f"train.batch={batch} works"
         )
     return None
 
 
 def _check_pipeline(config: Config, mesh: MeshSpec):
-    rows, micro = rows_a_device(config, mesh), config.pipeline.micro_batch
+    rows, micro = rows_a_device(config, mesh), config.pipeline.micro_batch_size
     if rows % micro:
         raise ValueError(
             f"mesh {mesh}: the {rows} sequences that a device has of train.batch="
-            f"{config.train.batch} are no multiple of pipeline.micro_batch={micro}"
+            f"{config.train.batch} are no multiple of pipeline.micro_batch_size={micro}"
         )
     if config.model.n_dense == config.model.n_layers:
         raise ValueError(

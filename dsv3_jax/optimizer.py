@@ -32,7 +32,7 @@ def mtp_weight(config: LossConfig, tokens: Float32[Array, ""]) -> Float32[Array,
 
 def bias_rate(config: LossConfig, tokens: Float32[Array, ""]) -> Float32[Array, ""]:
     """gamma of the balance bias after so many tokens."""
-    return jnp.where(tokens < config.bias_stop_tokens, config.bias_rate, 0.0)
+    return jnp.where(tokens < config.bias_stop_tokens, config.bias_update_speed, 0.0)
 
 
 def moved_bias(

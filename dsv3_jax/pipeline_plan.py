@@ -47,7 +47,7 @@ def pipeline_of(config: Config, mesh: MeshSpec) -> Pipeline:
 @functools.cache
 def _pipeline(name: str, config: Config, mesh: MeshSpec) -> Pipeline:
     model = config.model
-    n_micro, late = n_micro_batches(config, mesh), config.pipeline.late
+    n_micro, late = n_micro_batches(config, mesh), config.pipeline.max_deferred_wgrads
     table = table_of(make(name, mesh.pp, n_micro, late))
     flops = forward_flops(model, config.train.seq_len)
     begin, end = (model.n_dense * flops["dense"] / flops["moe"], flops["end"] / flops["moe"])

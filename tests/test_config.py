@@ -20,7 +20,15 @@ from dsv3_jax.config import (
     TrainConfig,
     YarnConfig,
 )
-from dsv3_jax.config_cli import differences, nearest, override, to_dict
+from dsv3_jax.config_cli import (
+    RENAMED,
+    differences,
+    from_dict,
+    nearest,
+    override,
+    to_dict,
+    with_new_names,
+)
 from dsv3_jax.mesh_checks import check_mesh
 from sharding.mesh import parse_mesh
 
@@ -129,14 +137,14 @@ def test_override_is_checked():
 
 
 def test_settings_are_checked_together():
-    both = ("model.moe.top_k=16", "model.moe.n_groups_kept=8")
+    both = ("model.moe.top_k=16", "model.moe.topk_groups=8")
     assert override(tiny.get_config(), *both).model.moe.top_k == 16
     with pytest.raises(ValueError, match=r"moe.top_k=16 exceeds"):
         override(tiny.get_config(), *both[:1])
 
 
 ATTENTION = dict(n_heads=3, q_rank=None, kv_rank=5, nope_dim=7, rope_dim=2, value_dim=4)
-MOE = dict(n_experts=12, n_shared=1, hidden=5, top_k=2, n_groups=4, n_groups_kept=2)
+MOE = dict(n_experts=12, n_shared=1, hidden=5, top_k=2, n_groups=4, topk_groups=2)
 MODEL = dict(
     vocab_size=11,
     width=6,
@@ -165,12 +173,12 @@ MODEL = dict(
         (AttentionConfig, ATTENTION, dict(rope_dim=5), "attention.rope_dim=5 must be even"),
         *(
             (MoEConfig, MOE, {name: 0}, f"moe.{name}=0 must be positive")
-            for name in ("n_experts", "hidden", "top_k", "n_groups", "n_groups_kept")
+            for name in ("n_experts", "hidden", "top_k", "n_groups", "topk_groups")
         ),
         (MoEConfig, MOE, dict(n_shared=-1), "moe.n_shared=-1 must not be negative"),
         (MoEConfig, MOE, dict(n_groups=5), "n_experts=12 must be a multiple of moe.n_groups=5"),
-        (MoEConfig, MOE, dict(n_groups_kept=5), "n_groups_kept=5 exceeds moe.n_groups=4"),
-        (MoEConfig, MOE, dict(top_k=7), "top_k=7 exceeds the 6 experts that moe.n_groups_kept=2"),
+        (MoEConfig, MOE, dict(topk_groups=5), "topk_groups=5 exceeds moe.n_groups=4"),
+        (MoEConfig, MOE, dict(top_k=7), "top_k=7 exceeds the 6 experts that moe.topk_groups=2"),
         *(
             (ModelConfig, MODEL, {name: 0}, f"model.{name}=0 must be positive")
             for name in ("vocab_size", "width", "n_layers", "dense_hidden", "init_std")
@@ -191,7 +199,12 @@ MODEL = dict(
         ),
         (ParallelConfig, {}, dict(zero=2), "parallel.zero=2 must be 1 or 3"),
         (ParallelConfig, {}, dict(remat="some"), "parallel.remat='some' must be 'report'"),
-        (ParallelConfig, {}, dict(capacity=0.5), "parallel.capacity=0.5 must be at least 1"),
+        (
+            ParallelConfig,
+            {},
+            dict(capacity_factor=0.5),
+            "parallel.capacity_factor=0.5 must be at least 1",
+        ),
         *(
             (
                 TrainConfig,
@@ -259,9 +272,38 @@ def test_differences_of_a_whole_section():
     assert differences(config, to_dict(longer))
 
 
+@pytest.mark.parametrize("old, new", RENAMED.items())
+def test_old_name_of_a_field_tells_the_new_one(old, new):
+    field_of(tiny.get_config(), new)
+    with pytest.raises(KeyError) as error:
+        override(tiny.get_config(), f"{old}=2")
+    assert error.value.args[0] == f"{old} is now {new}"
+
+
+def test_config_of_an_older_version_is_read():
+    config = tiny.get_config()
+    saved = json.loads(json.dumps(to_dict(config)))
+    for old, new in RENAMED.items():
+        *path, name = new.split(".")
+        section = saved
+        for key in path:
+            section = section[key]
+        section[old.rpartition(".")[2]] = section.pop(name)
+    older = json.loads(json.dumps(saved))
+    assert "pieces" in older["parallel"] and "topk_groups" in older["model"]["moe"]
+    assert differences(config, saved) == []
+    assert from_dict(Config, with_new_names(saved)) == config
+    assert saved == older
+
+
+def test_older_config_without_experts_is_read():
+    values = {"model": {"moe": None}, "parallel": {"capacity": 2.0}}
+    assert with_new_names(values) == {"model": {"moe": None}, "parallel": {"capacity_factor": 2.0}}
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LossConfig().bias_rate = 0.0
+        LossConfig().bias_update_speed = 0.0
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -104,7 +104,7 @@ def test_slices_become_heads_and_come_back():
 
 def test_slices_and_documents():
     """The group is smaller than that of the experts, whose exchange takes one round."""
-    check("ep4", *SMALL, "parallel.context=2", "parallel.remat=none", "parallel.capacity=4")
+    check("ep4", *SMALL, "parallel.context=2", "parallel.remat=none", "parallel.capacity_factor=4")
 
 
 @pytest.mark.slow
@@ -112,9 +112,12 @@ def test_slices_and_documents():
     "mesh, settings",
     [
         ("dp2,ep4", [DOCUMENTS, "parallel.context=2", "parallel.zero=3"]),
-        ("ep2x4", [DOCUMENTS, "parallel.context=2", "parallel.zero=3", "parallel.pieces=2"]),
+        (
+            "ep2x4",
+            [DOCUMENTS, "parallel.context=2", "parallel.zero=3", "parallel.overlap_chunks=2"],
+        ),
         ("dp2,ep4", ["parallel.context=4", "parallel.remat=full", "model.mtp_depth=0"]),
-        ("dp2", [DOCUMENTS, "parallel.pieces=2"]),
+        ("dp2", [DOCUMENTS, "parallel.overlap_chunks=2"]),
         ("pp2,ep2", [DOCUMENTS, "parallel.context=2", "pipeline.schedule=zb1p"]),
     ],
 )

@@ -129,7 +129,7 @@ def test_one_of_two_processes_is_killed(tmp_path, programs):
     Losses are those of one process all along. Every expert is chosen: else the order of sums, which
     differs, now and then makes another choice, and a jump of it.
     """
-    all_experts = ("model.moe.n_groups_kept=4", "model.moe.top_k=8")
+    all_experts = ("model.moe.topk_groups=4", "model.moe.top_k=8")
     alone, both = tmp_path / "alone", tmp_path / "both"
     subprocess.run(command(alone, 40, *all_experts), check=True, capture_output=True)
     process = subprocess.Popen(

@@ -105,7 +105,7 @@ def test_a_layer_on_a_mesh_equals_one_device(mesh_text, zero):
 def fp8(zero: int = 1, remat: str = "none", products: str = "fp8") -> Config:
     """The small step with products in FP8 and float32 between them."""
     config = small_step.config_of(zero, remat)
-    precision = dataclasses.replace(config.precision, products=products, dispatch=products)
+    precision = dataclasses.replace(config.precision, matmul=products, dispatch=products)
     return dataclasses.replace(config, precision=precision)
 
 
@@ -256,8 +256,8 @@ def test_bad_settings_are_refused():
         override(tiny, "precision=fp")
     with pytest.raises(ValueError, match="such as model.vocab_size"):
         override(tiny, "model=large")
-    with pytest.raises(ValueError, match="precision.products='fp4' must be 'compute' or 'fp8'"):
-        override(tiny, "precision.products=fp4")
+    with pytest.raises(ValueError, match="precision.matmul='fp4' must be 'compute' or 'fp8'"):
+        override(tiny, "precision.matmul=fp4")
     with pytest.raises(ValueError, match="add --set precision=fp8"):
         override(tiny, "fp8_stats=True")
     chosen = override(tiny, "precision=fp8").precision

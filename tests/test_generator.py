@@ -25,7 +25,7 @@ SIZES = dataclasses.replace(
     vocab_size=VOCAB,
     width=24,
     n_layers=2,
-    moe=dataclasses.replace(CONFIG.moe, n_experts=16, n_groups=8, n_groups_kept=3),
+    moe=dataclasses.replace(CONFIG.moe, n_experts=16, n_groups=8, topk_groups=3),
 )
 PROMPTS = ((1, 5, 9), (7, 3, 2, 8, 31, 4, 6), (12, 11, 10, 39, 2))
 DRAWN = Sampling(temperature=2.0, top_p=0.9)

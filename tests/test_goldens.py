@@ -135,7 +135,7 @@ def test_router(case):
         hidden=1,
         top_k=meta["top_k"],
         n_groups=meta["n_group"],
-        n_groups_kept=meta["topk_group"],
+        topk_groups=meta["topk_group"],
         scale=meta["routed_scaling_factor"],
         normalize=meta["norm_topk_prob"],
     )

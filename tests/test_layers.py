@@ -183,9 +183,9 @@ def test_attention_in_chunks(monkeypatch):
 
 CASES = {
     "groups": MOE,
-    "one group": dataclasses.replace(MOE, n_groups=1, n_groups_kept=1),
+    "one group": dataclasses.replace(MOE, n_groups=1, topk_groups=1),
     "raw weights": dataclasses.replace(MOE, normalize=False, scale=1.5),
-    "groups of one": dataclasses.replace(MOE, n_groups=15, n_groups_kept=6),
+    "groups of one": dataclasses.replace(MOE, n_groups=15, topk_groups=6),
 }
 ROUTED_TOKENS = 40
 
@@ -218,10 +218,10 @@ def test_weights_sum_to_scale_within_the_groups_kept():
     weights, ids = map(np.asarray, choose(affinities(), some_bias(), MOE))
     np.testing.assert_allclose(weights.sum(-1), MOE.scale, rtol=1e-6)
     size = MOE.n_experts // MOE.n_groups
-    assert max(len(set(row // size)) for row in ids) == MOE.n_groups_kept
+    assert max(len(set(row // size)) for row in ids) == MOE.topk_groups
     assert all(len(set(row)) == MOE.top_k for row in ids)
     free = np.asarray(choose(affinities(), some_bias(), CASES["one group"])[1])
-    assert max(len(set(row // size)) for row in free) > MOE.n_groups_kept  # the limit does bind
+    assert max(len(set(row // size)) for row in free) > MOE.topk_groups  # the limit does bind
 
 
 def test_bias_steers_the_choice_but_not_the_weight():

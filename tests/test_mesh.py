@@ -209,7 +209,7 @@ def moe(**values):
         ({"model": {"vocab_size": 2050}}, "ep4", ["model.vocab_size=2050", "ep=2", "2048 instead"]),
         ({"model": {"width": 132}}, "dp2,ep8", ["model.width=132", "ep=6", "128 instead of 132"]),
         (
-            moe(n_groups=1, n_groups_kept=1),
+            moe(n_groups=1, topk_groups=1),
             "ep2x4",
             ["model.moe.n_groups=1", "nodes=2", "nodes=1", "2 instead of 1"],
         ),
@@ -224,7 +224,7 @@ def test_config_does_not_fit(sections, text, fragments):
 
 
 def test_groups_matter_on_several_nodes_only():
-    check_mesh(changed(**moe(n_groups=1, n_groups_kept=1)), parse_mesh("ep8"))
+    check_mesh(changed(**moe(n_groups=1, topk_groups=1)), parse_mesh("ep8"))
 
 
 def test_dense_model_needs_no_experts():

@@ -114,7 +114,7 @@ def test_causality(results, depth):
 
 def test_bfloat16_policy_is_close_to_float32():
     """Every token chooses every expert here, so that no choice can turn over."""
-    every = dataclasses.replace(MOE, n_groups=1, n_groups_kept=1, top_k=MOE.n_experts)
+    every = dataclasses.replace(MOE, n_groups=1, topk_groups=1, top_k=MOE.n_experts)
     config = dataclasses.replace(CONFIG, moe=every, mtp_depth=0)
     wide, _ = build(lambda: DeepSeekV3(config, Policy(), rngs=nnx.Rngs(0)))
     narrow, _ = build(lambda: DeepSeekV3(config, BF16, rngs=nnx.Rngs(0)))

@@ -134,7 +134,7 @@ SIZES = dataclasses.replace(
     n_layers=1,
     n_dense=0,
     mtp_depth=0,
-    moe=dataclasses.replace(CONFIG.moe, n_experts=16, n_groups=8, n_groups_kept=3),
+    moe=dataclasses.replace(CONFIG.moe, n_experts=16, n_groups=8, topk_groups=3),
 )
 
 

@@ -48,10 +48,10 @@ def test_all_schedules(schedule):
     "mesh, n_layers, n_rows, settings",
     [
         ("pp4,dp2", 7, 16, ["pipeline.schedule=dualpipev"]),  # the ends have no layer
-        ("pp8", 9, 16, ["pipeline.schedule=dualpipe", "pipeline.late=1"]),
+        ("pp8", 9, 16, ["pipeline.schedule=dualpipe", "pipeline.max_deferred_wgrads=1"]),
         ("pp2,ep4", 5, 16, ["pipeline.schedule=dualpipe", "parallel.remat=full"]),
         ("pp2", 5, 6, ["pipeline.schedule=zb1p", "model.mtp_depth=0", "parallel.remat=none"]),
-        ("pp2,dp2", 5, 16, ["pipeline.schedule=dualpipe", "pipeline.micro_batch=2"]),
+        ("pp2,dp2", 5, 16, ["pipeline.schedule=dualpipe", "pipeline.micro_batch_size=2"]),
         ("pp4,ep2", 5, 16, ["pipeline.schedule=zb1p", "model.n_dense=0", "model.mtp_depth=2"]),
     ],
 )
@@ -83,7 +83,7 @@ def test_masks_and_crowded_experts():
 @pytest.mark.slow
 def test_fp8():
     """The same codes meet; what float32 sums change moves a code here and there."""
-    config = config_with(5, 8, "pipeline.schedule=dualpipe", "precision.products=fp8")
+    config = config_with(5, 8, "pipeline.schedule=dualpipe", "precision.matmul=fp8")
     want, got = (run(mesh, config) for mesh in ("dp1", "pp2,ep2"))
     np.testing.assert_allclose(got[0].total, want[0].total, rtol=1e-4)
     for a, b in zip(*map(jax.tree.leaves, (got[2], want[2])), strict=True):
@@ -130,7 +130,7 @@ ERRORS = [
     ("pp3", ["pipeline.schedule=dualpipe", "model.n_layers=9"], "an even number of stages"),
     ("pp8", ["pipeline.schedule=1f1b"], "at most pp=4 works"),
     ("pp4", ["pipeline.schedule=dualpipev", "train.batch=8"], "at most pp=2 works"),
-    ("pp2", ["pipeline.micro_batch=3"], "no multiple of pipeline.micro_batch=3"),
+    ("pp2", ["pipeline.micro_batch_size=3"], "no multiple of pipeline.micro_batch_size=3"),
     ("pp2", ["model.n_dense=3"], "model.n_dense=3 leaves none"),
     ("pp2,ep2", ["model.moe.n_redundant=2"], "model.moe.n_redundant=2 with pipeline stages"),
     ("pp2,dp8", [], "train.batch=4 sequences cannot be divided over dp"),
@@ -147,8 +147,8 @@ def test_errors(mesh, settings, message):
 def test_bad_settings():
     for setting, message in (
         ("schedule=zbv", "must be"),
-        ("micro_batch=0", "positive"),
-        ("late=-1", "negative"),
+        ("micro_batch_size=0", "positive"),
+        ("max_deferred_wgrads=-1", "negative"),
     ):
         with pytest.raises(ValueError, match=message):
             override(config_of(), f"pipeline.{setting}")

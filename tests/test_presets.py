@@ -80,7 +80,7 @@ def test_sizes_of_671b():
     assert (attention.n_heads, attention.q_rank, attention.kv_rank) == (128, 1536, 512)
     assert (attention.nope_dim, attention.rope_dim, attention.value_dim) == (128, 64, 128)
     assert (moe.n_experts, moe.n_shared, moe.hidden) == (256, 1, 2048)
-    assert (moe.top_k, moe.n_groups, moe.n_groups_kept, moe.scale) == (8, 8, 4, 2.5)
+    assert (moe.top_k, moe.n_groups, moe.topk_groups, moe.scale) == (8, 8, 4, 2.5)
     assert (model.init_std, model.norm_eps, attention.rope_base) == (0.006, 1e-6, 10_000.0)
     assert (config.train.batch, config.train.seq_len) == (15_360, 4096)
     precision = config.precision

@@ -121,10 +121,10 @@ def test_a_training_step_is_the_same_and_not_compiled_anew():
 
 
 def test_placements_follow_the_load():
-    """Chosen every `place_every` steps from the load since; a checkpoint goes on exactly."""
+    """Chosen every `rebalance_every` steps from the load since; a checkpoint goes on exactly."""
     config = load_preset("tiny")
     moe = dataclasses.replace(config.model.moe, n_redundant=8)
-    parallel = dataclasses.replace(config.parallel, place_every=2)
+    parallel = dataclasses.replace(config.parallel, rebalance_every=2)
     model = dataclasses.replace(config.model, moe=moe)
     config = dataclasses.replace(config, model=model, parallel=parallel)
     mesh: Mesh = make_mesh(parse_mesh("ep8"))

@@ -73,7 +73,7 @@ def rounds_of(experts, mesh: str, pieces: int) -> int:
     """Rounds when every token goes to these experts."""
     spec = parse_mesh(mesh)
     n_tokens = BATCH_SIZE * LENGTH // spec.data // pieces
-    route = route_of(spec, N_EXPERTS, n_tokens, TOP_K, ParallelConfig().capacity, 2)
+    route = route_of(spec, N_EXPERTS, n_tokens, TOP_K, ParallelConfig().capacity_factor, 2)
     ids = np.tile(experts, (n_tokens * spec.data, 1))
     sizes = (spec.dp, spec.nodes, spec.ranks, N_EXPERTS, route.pairs, route.rows)
     return n_rounds(ids, *sizes).max()

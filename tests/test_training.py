@@ -79,7 +79,7 @@ def test_logits_that_are_not_finite_are_named(tmp_path):
 @pytest.mark.slow
 def test_redundant_experts_change_no_result(tmp_path, programs):
     """Placed anew every 3 steps; the losses of a run without them, and resuming bit for bit."""
-    extra = ("model.moe.n_redundant=4", "parallel.place_every=3")
+    extra = ("model.moe.n_redundant=4", "parallel.rebalance_every=3")
     for name, steps, more in (("none", 12, ()), ("some", 12, extra), ("two parts", 7, extra)):
         subprocess.run(command(tmp_path / name, steps, *more), check=True, capture_output=True)
     subprocess.run(command(tmp_path / "two parts", 12, *extra), check=True, capture_output=True)
@@ -130,7 +130,7 @@ ERRORS = [
     (["--set", "parallel.transport=ragged"], "no ragged all-to-all for CPUs"),
     (["--mesh=ep8", "--set", "model.moe.n_redundant=6"], "model.moe.n_redundant=6 cannot be"),
     (["--mesh=ep16x1"], "model.moe.n_groups=8 cannot be divided over nodes=16"),
-    (["--set", "parallel.capacity=0.5"], "parallel.capacity=0.5 must be at least 1"),
+    (["--set", "parallel.capacity_factor=0.5"], "parallel.capacity_factor=0.5 must be at least 1"),
 ]
 
 

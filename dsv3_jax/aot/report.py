@@ -32,14 +32,14 @@ def walk_of(config: Config, target: Target, folder: Path, compilation: Compilati
         fp8_peak_flops=chip.fp8_flops,
         hbm_bandwidth=chip.hbm_bandwidth,
         link_rate=rates(chip, target.shape, compilation.places),
-        ragged_fill=1.0 / config.parallel.capacity,
+        ragged_fill=1.0 / config.parallel.capacity_factor,
     )
     trips = known | {loop.name: assumed_trips(loop) for loop in unknown}
     mesh, odds = target.mesh, {}
     if mesh.pp > 1:
         odds = pipeline.means(module, pipeline_of(config, mesh))
         trips |= {loop.name: odds[loop.name] for loop in unknown if loop.name in odds}
-    return Walk(module, machine, trips, kernels(config.parallel.capacity), odds)
+    return Walk(module, machine, trips, kernels(config.parallel.capacity_factor), odds)
 
 
 def bodies_of(walk: Walk) -> dict[str, str]:

@@ -121,7 +121,7 @@ class MoE(nnx.Module):
     def route(self, layout: Layout, n_tokens: int) -> Route:
         """How tokens reach their experts; with groups laid over nodes, at most on M nodes."""
         m, mesh = self.config, layout.mesh
-        max_nodes = mesh.nodes if m.n_groups % mesh.nodes else m.n_groups_kept
+        max_nodes = mesh.nodes if m.n_groups % mesh.nodes else m.topk_groups
         sizes = (m.n_experts + m.n_redundant, n_tokens, m.top_k, layout.capacity, max_nodes)
         return route_of(mesh, *sizes, layout.ragged, layout.wire)
 

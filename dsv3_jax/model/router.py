@@ -14,7 +14,7 @@ def choose_experts(
     """Pick `top_k` experts per token; the bias steers the choice but not the weights.
 
     Experts lie in `n_groups` groups. A group's score is the sum of its two best biased scores; the
-    best `n_groups_kept` groups stay, and the best experts among theirs are chosen.
+    best `topk_groups` groups stay, and the best experts among theirs are chosen.
 
     Args:
         scores: sigmoid affinities.
@@ -39,7 +39,7 @@ def _kept(biased: Float32[Array, "t E"], config: MoEConfig):
     """Mask [t E] of the experts whose group stays."""
     groups = rearrange(biased, "t (g e) -> t g e", g=config.n_groups)
     best = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(-1)
-    _, kept = jax.lax.top_k(best, config.n_groups_kept)
+    _, kept = jax.lax.top_k(best, config.topk_groups)
     mask = (kept[:, :, None] == jnp.arange(config.n_groups)[None, None, :]).any(1)
     return jnp.repeat(mask, groups.shape[-1], axis=-1)
 

@@ -30,5 +30,5 @@ class Policy:
             master=jnp.dtype(precision.master),
             moments=jnp.dtype(precision.moments),
             wire=FP8_DISPATCH if precision.dispatch == "fp8" else PLAIN,
-            fp8=precision.products == "fp8",
+            fp8=precision.matmul == "fp8",
         )

@@ -119,7 +119,7 @@ def expert_rows(config: Config, mesh: MeshSpec) -> int:
     if config.model.moe is None:
         return 0
     n_pairs = tokens_a_device(config, mesh) * config.model.moe.top_k
-    return mesh.ep * capacity_of(n_pairs, mesh.ep, config.parallel.capacity)
+    return mesh.ep * capacity_of(n_pairs, mesh.ep, config.parallel.capacity_factor)
 
 
 def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> float:

@@ -41,9 +41,9 @@ def of_pipeline(config: Config, mesh: MeshSpec, pipeline: Pipeline) -> str:
 def of_fp8(config: Config) -> str:
     """Whether FP8 is emulated; empty if not."""
     kind = jax.local_devices()[0].device_kind
-    if config.precision.products != "fp8" or has_fp8_units(kind):
+    if config.precision.matmul != "fp8" or has_fp8_units(kind):
         return ""
-    return f"precision.products=fp8: {kind} devices emulate it; that is as exact, but no faster"
+    return f"precision.matmul=fp8: {kind} devices emulate it; that is as exact, but no faster"
 
 
 def row_of(step: int, tokens: int, numbers: Metrics) -> dict[str, int | float]:

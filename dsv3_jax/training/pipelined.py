@@ -51,7 +51,7 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     """
     policy, layout = Policy.of(config.precision), dataclasses.replace(layout, zero=1, pieces=1)
     pipeline = pipeline_of(config, layout.mesh)
-    n_layers, micro = sum(pipeline.sizes), config.pipeline.micro_batch
+    n_layers, micro = sum(pipeline.sizes), config.pipeline.micro_batch_size
     places = layers_of(pipeline.table, pipeline.sizes)
     places = tuple(map(tuple, places.reshape(len(places), -1).tolist()))
     model = abstract_model(config.model, policy)

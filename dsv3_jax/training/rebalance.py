@@ -17,7 +17,7 @@ class Redundancy:
 
     def __init__(self, config: Config, mesh: Mesh, saved: dict | None = None):
         """Begin with even loads, or as `saved` by a run with as many slots."""
-        model, self._every = config.model, config.parallel.place_every
+        model, self._every = config.model, config.parallel.rebalance_every
         self._mesh, self.slots = mesh, None
         self._n_slots = model.moe.n_redundant if model.moe else 0
         if not self._n_slots:

@@ -37,11 +37,11 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
     return Layout(
         mesh=mesh,
         zero=parallel.zero,
-        capacity=parallel.capacity,
+        capacity=parallel.capacity_factor,
         ragged=parallel.transport == "ragged",
         wire=Policy.of(config.precision).wire,
         unroll=parallel.unroll,
-        pieces=parallel.pieces,
+        pieces=parallel.overlap_chunks,
         context=parallel.context,
     )
 

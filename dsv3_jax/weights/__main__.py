@@ -103,7 +103,7 @@ def print_summary(source: Source):
     table.add_row("attention", f"{sizes}; ranks {a.q_rank} and {a.kv_rank}")
     table.add_row("context extension", str(a.yarn) if a.yarn else "none")
     if m := model.moe:
-        groups = f"{m.n_groups_kept} of {m.n_groups} groups"
+        groups = f"{m.topk_groups} of {m.n_groups} groups"
         table.add_row(
             "experts",
             f"{m.n_experts} of width {m.hidden}, top {m.top_k} in {groups}; {m.n_shared} shared",

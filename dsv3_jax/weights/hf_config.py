@@ -41,7 +41,7 @@ MOE = {
     "hidden": "moe_intermediate_size",
     "top_k": "num_experts_per_tok",
     "n_groups": "n_group",
-    "n_groups_kept": "topk_group",
+    "topk_groups": "topk_group",
     "scale": "routed_scaling_factor",
     "normalize": "norm_topk_prob",  # the chosen experts' weights sum to 1 before scaling
 }

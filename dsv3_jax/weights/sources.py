@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint import SavedSteps
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.config_cli import from_dict
+from dsv3_jax.config_cli import from_dict, with_new_names
 from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
 from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
@@ -154,6 +154,7 @@ def open_weights(directory: str | Path) -> Source:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a JSON object, not {str(values)[:100]}")
+    values = with_new_names(values)
     if mean and "train" not in values:
         raise ValueError(f"{directory}@ema: only workdirs of train.py hold mean weights")
     if "imported_from" in values:

@@ -15,7 +15,7 @@ BATCH, LENGTH = 2, 7
 ATTENTION = AttentionConfig(
     n_heads=3, q_rank=12, kv_rank=10, nope_dim=8, rope_dim=6, value_dim=5, rope_base=100.0
 )
-MOE = MoEConfig(n_experts=15, n_shared=2, hidden=9, top_k=4, n_groups=5, n_groups_kept=2)
+MOE = MoEConfig(n_experts=15, n_shared=2, hidden=9, top_k=4, n_groups=5, topk_groups=2)
 CONFIG = ModelConfig(
     vocab_size=22,
     width=20,

@@ -100,7 +100,7 @@ def route(scores, bias, m):
     size = m.n_experts // m.n_groups
     members = [range(g * size, (g + 1) * size) for g in range(m.n_groups)]
     worth = [sum(sorted((biased[i] for i in group), reverse=True)[:2]) for group in members]
-    best_groups = sorted(range(m.n_groups), key=lambda g: -worth[g])[: m.n_groups_kept]
+    best_groups = sorted(range(m.n_groups), key=lambda g: -worth[g])[: m.topk_groups]
     reachable = [i for g in best_groups for i in members[g]]
     chosen = sorted(reachable, key=lambda i: -biased[i])[: m.top_k]
     total = sum(scores[i] for i in chosen) if m.normalize else 1.0

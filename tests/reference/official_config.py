@@ -12,7 +12,7 @@ ATTENTION = AttentionConfig(
     n_heads=17, q_rank=9, kv_rank=8, nope_dim=6, rope_dim=18, value_dim=19, rope_base=5e4, yarn=YARN
 )
 EXPERTS = MoEConfig(
-    n_experts=12, n_shared=2, hidden=7, top_k=5, n_groups=4, n_groups_kept=3, scale=1.5
+    n_experts=12, n_shared=2, hidden=7, top_k=5, n_groups=4, topk_groups=3, scale=1.5
 )
 CONFIG = ModelConfig(
     vocab_size=101,

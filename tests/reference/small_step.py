@@ -46,15 +46,15 @@ def config_of(zero: int = 1, remat: str = "report", pieces: int = 1) -> Config:
                 n_heads=2, q_rank=24, kv_rank=16, nope_dim=6, rope_dim=4, value_dim=10
             ),
             moe=MoEConfig(
-                n_experts=N_EXPERTS, n_shared=1, hidden=12, top_k=TOP_K, n_groups=4, n_groups_kept=2
+                n_experts=N_EXPERTS, n_shared=1, hidden=12, top_k=TOP_K, n_groups=4, topk_groups=2
             ),
             init_std=0.15,
         ),
         train=TrainConfig(batch=BATCH_SIZE, seq_len=LENGTH, steps=3),
         optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=2),
-        losses=LossConfig(balance_weight=0.05, bias_rate=0.01),
+        losses=LossConfig(balance_weight=0.05, bias_update_speed=0.01),
         precision=PrecisionConfig(compute="float32", moments="float32"),
-        parallel=ParallelConfig(zero=zero, remat=remat, pieces=pieces),
+        parallel=ParallelConfig(zero=zero, remat=remat, overlap_chunks=pieces),
     )
 
 
