@@ -9,14 +9,14 @@ import types
 import typing
 
 RENAMED = {  # fields of older versions, by their names in them
-    "losses.bias_update_speed": "losses.bias_update_speed",
-    "model.moe.topk_groups": "model.moe.topk_groups",
-    "parallel.capacity_factor": "parallel.capacity_factor",
-    "parallel.overlap_chunks": "parallel.overlap_chunks",
-    "parallel.rebalance_every": "parallel.rebalance_every",
-    "pipeline.max_deferred_wgrads": "pipeline.max_deferred_wgrads",
-    "pipeline.micro_batch_size": "pipeline.micro_batch_size",
-    "precision.matmul": "precision.matmul",
+    "losses.bias_rate": "losses.bias_update_speed",
+    "model.moe.n_groups_kept": "model.moe.topk_groups",
+    "parallel.capacity": "parallel.capacity_factor",
+    "parallel.pieces": "parallel.overlap_chunks",
+    "parallel.place_every": "parallel.rebalance_every",
+    "pipeline.late": "pipeline.max_deferred_wgrads",
+    "pipeline.micro_batch": "pipeline.micro_batch_size",
+    "precision.products": "precision.matmul",
 }
 
 

@@ -290,7 +290,7 @@ def test_config_of_an_older_version_is_read():
             section = section[key]
         section[old.rpartition(".")[2]] = section.pop(name)
     older = json.loads(json.dumps(saved))
-    assert "pieces" in older["parallel"] and "topk_groups" in older["model"]["moe"]
+    assert "pieces" in older["parallel"] and "n_groups_kept" in older["model"]["moe"]
     assert differences(config, saved) == []
     assert from_dict(Config, with_new_names(saved)) == config
     assert saved == older
