@@ -177,8 +177,8 @@ def scale_spec(variable: nnx.Param, layout: Layout):
     return layout.stored(variable.names[:-2], variable.sizes[:-2], stack)
 
 
-def named_arrays(state: nnx.State) -> dict[str, Array]:
-    """Return the arrays of a model state by dotted path, such as "moe.attention.out.kernel"."""
+def named_arrays(state: nnx.State) -> dict:
+    """Return the arrays of a state, or their shapes, by path such as "moe.attention.out.kernel"."""
     return {".".join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
