@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sharding import pipeline
-from sharding.mesh import REPLICATED, make_mesh, parse_mesh, region
+from sharding.mesh import REPLICATED, make_mesh, manual_region, parse_mesh
 from sharding.schedules import NAMES, Costs, bubble, make, makespan, nearest_micro
 from sharding.ticks import lockstep, table_of
 
@@ -74,7 +74,7 @@ def program(table, costs: Costs, unit: float):
     inputs = (jnp.ones(table.stages.n_chunks), jnp.ones((table.schedule.n_micro, 4)))
     pipeline._loop = loop
     try:
-        lowered = jax.jit(region(shard, mesh, (REPLICATED,) * 2, REPLICATED)).lower(*inputs)
+        lowered = jax.jit(manual_region(shard, mesh, (REPLICATED,) * 2, REPLICATED)).lower(*inputs)
     finally:
         pipeline._loop = plain_loop
     compiled = lowered.compile()

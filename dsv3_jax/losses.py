@@ -11,10 +11,11 @@ from dsv3_jax.config import LossConfig
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
-from sharding.context_parallel import places
+from sharding import context_parallel
+from sharding.collectives import psum_data
 from sharding.layout import Layout
-from sharding.mesh import MeshSpec, data_sum
-from sharding.vocab_parallel import n_pieces, walk
+from sharding.mesh import MeshSpec
+from sharding.vocab_parallel import n_vocab_chunks, scan_vocab_chunks
 
 PIECE = 8192  # most rows of the head that a device holds at a time
 
@@ -56,7 +57,7 @@ def training_loss(
     both = [part for part in (stats, mtp_stats) if part is not None]
     stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), *both) if both else None
     balance = jnp.zeros((), jnp.float32) if stats is None else stats.balance.sum()
-    n_sequences = batch.tokens.shape[0] * layout.mesh.data // layout.context
+    n_sequences = batch.tokens.shape[0] * layout.mesh.n_data_shards // layout.context
     return losses_of(main, mtp, balance, n_sequences, config, mtp_weight), stats
 
 
@@ -75,7 +76,10 @@ def targets_of(batch: Batch, ahead: int, length: int, layout: Layout) -> Bool[Ar
     mask = batch.loss_mask[:, ahead : ahead + length]
     if batch.doc_start is None:
         return mask
-    return mask & (batch.doc_start[:, ahead : ahead + length] <= places(length, layout)[None, :])
+    return mask & (
+        batch.doc_start[:, ahead : ahead + length]
+        <= context_parallel.positions(length, layout)[None, :]
+    )
 
 
 def target_counts(batch: Batch, depth: int, layout: Layout) -> Float32[Array, " A"]:
@@ -83,7 +87,7 @@ def target_counts(batch: Batch, depth: int, layout: Layout) -> Float32[Array, " 
     length = batch.tokens.shape[1] - 1 - depth
     targets = (targets_of(batch, ahead, length, layout) for ahead in range(1, depth + 2))
     counts = jnp.stack([mask.sum().astype(jnp.float32) for mask in targets])
-    return data_sum(counts) if layout.mesh.data > 1 else counts
+    return psum_data(counts) if layout.mesh.n_data_shards > 1 else counts
 
 
 def output_losses(
@@ -175,8 +179,10 @@ def _log_sum(rows, head, labels, mesh):
         return (higher, total, chosen + jnp.where(mine, logit, 0.0)), None
 
     zero = jnp.zeros(rows.shape[0], jnp.float32)
-    pieces = n_pieces(head.shape[0], mesh, PIECE)
-    (peak, total, chosen), _ = walk(step, (zero - jnp.inf, zero, zero), head, pieces, mesh)
+    pieces = n_vocab_chunks(head.shape[0], mesh, PIECE)
+    (peak, total, chosen), _ = scan_vocab_chunks(
+        step, (zero - jnp.inf, zero, zero), head, pieces, mesh
+    )
     return peak + jnp.log(total), chosen
 
 
@@ -191,8 +197,8 @@ def _forward(rows, head, labels, share, mesh):
         d_rows = d_rows + jnp.einsum("tp,pD->tD", d_logits, piece, **wide)
         return d_rows, jnp.einsum("tp,tD->pD", d_logits, rows, **wide)
 
-    pieces = n_pieces(head.shape[0], mesh, PIECE)
-    d_rows, d_head = walk(step, jnp.zeros(rows.shape, jnp.float32), head, pieces, mesh)
+    pieces = n_vocab_chunks(head.shape[0], mesh, PIECE)
+    d_rows, d_head = scan_vocab_chunks(step, jnp.zeros(rows.shape, jnp.float32), head, pieces, mesh)
     loss = (share * (log_sum - chosen)).sum()
     return loss, (d_rows.astype(rows.dtype), d_head.astype(head.dtype))
 

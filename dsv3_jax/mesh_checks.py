@@ -21,7 +21,7 @@ def check_mesh(config: Config, mesh: MeshSpec):
     for batch in reversed(BatchSizes.of(train).sizes):
         ramp = f" (on the way from train.first_batch={train.first_batch} to {train.batch})"
         what = f"train.batch={batch} sequences" + ramp * (batch < train.batch)
-        _check_divides(what, batch, axes, mesh.data // context, mesh)
+        _check_divides(what, batch, axes, mesh.n_data_shards // context, mesh)
     check_model_mesh(config.model, mesh)
     if mesh.pp > 1:
         for batch in BatchSizes.of(config.train).sizes:
@@ -30,7 +30,7 @@ def check_mesh(config: Config, mesh: MeshSpec):
 
 def rows_a_device(config: Config, mesh: MeshSpec) -> int:
     """Sequences, or slices of them, that a device has of a step's batch."""
-    return config.train.batch * config.parallel.context // mesh.data
+    return config.train.batch * config.parallel.context // mesh.n_data_shards
 
 
 def n_micro_batches(config: Config, mesh: MeshSpec) -> int:
@@ -54,11 +54,13 @@ def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
             f"experts and both ends of the model; at most pp={most} works"
         )
     if fits != n_micro:
-        batch = fits * config.pipeline.micro_batch_size * mesh.data // config.parallel.context
+        batch = (
+            fits * config.pipeline.micro_batch_size * mesh.n_data_shards // config.parallel.context
+        )
         return (
             f"{schedule} on pp={mesh.pp} needs {fits} micro-batches, and train.batch="
             f"{config.train.batch} makes {n_micro} of pipeline.micro_batch_size="
-            f"{config.pipeline.micro_batch_size} on {mesh.data} devices a stage; "
+            f"{config.pipeline.micro_batch_size} on {mesh.n_data_shards} devices a stage; "
             f"train.batch={batch} works"
         )
     return None

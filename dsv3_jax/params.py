@@ -10,9 +10,8 @@ from dsv3_jax.numerics.fp8 import Fp8Weight, Platform, SavedInput, Slot
 from dsv3_jax.numerics.matmul import NOT_SAVED, Weight, matmul
 from dsv3_jax.numerics.quantize import QuantizedTensor, quantize_shard
 from dsv3_jax.shapes import Array, Float
-from sharding.layout import Layout
+from sharding.layout import Layout, StageLayers, scatter_layers
 from sharding.mesh import REPLICATED
-from sharding.stage_resharding import Layers, to_ranks
 
 
 def weight(
@@ -49,9 +48,9 @@ def in_fp8(state: nnx.State, layout: Layout, counts: nnx.State | None = None) ->
         fixed = jax.lax.stop_gradient(x)
         codes = quantize_shard(
             fixed,
-            layout.start(fixed, *about)[-2:],
+            layout.shard_offset(fixed, *about)[-2:],
             variable.sizes[-2:],
-            lambda amax: layout.largest(amax, *about),
+            lambda amax: layout.pmax_amax(amax, *about),
         )
         return Fp8Weight(codes, Slot(x, counts), Platform(layout.mesh.platform))
 
@@ -77,15 +76,17 @@ def assemble(state: nnx.State, layout: Layout, compute: jnp.dtype) -> nnx.State:
     def one(x: Weight, variable: nnx.Param):
         about = (variable.names, variable.sizes)
         if not isinstance(x, Fp8Weight):
-            return layout.gather(x, *about, x.dtype if variable.wide else compute)
-        values = layout.gather(x.quantized.values, *about, x.quantized.values.dtype)
-        slot = x.slot._replace(weight=layout.landing(x.slot.weight, *about))
+            return layout.gather_param(x, *about, x.dtype if variable.wide else compute)
+        values = layout.gather_param(x.quantized.values, *about, x.quantized.values.dtype)
+        slot = x.slot._replace(weight=layout.grad_tap(x.slot.weight, *about))
         return x._replace(quantized=x.quantized._replace(values=values), slot=slot)
 
     return of_parameters(one, state)
 
 
-def to_stages(state: nnx.State, layout: Layout, compute: jnp.dtype, layers: Layers) -> nnx.State:
+def to_stages(
+    state: nnx.State, layout: Layout, compute: jnp.dtype, layers: StageLayers
+) -> nnx.State:
     """Stored shards of a stack of layers -> the weights of this rank's own layers, as `assemble`.
 
     Those in FP8 come without a slot.
@@ -95,11 +96,11 @@ def to_stages(state: nnx.State, layout: Layout, compute: jnp.dtype, layers: Laye
         about = (variable.names, variable.sizes)
         if not isinstance(x, Fp8Weight):
             dtype = x.dtype if variable.wide else compute
-            return layout.to_stages(x, *about, dtype, layers)
+            return layout.scatter_to_stages(x, *about, dtype, layers)
         values, scale = x.quantized
-        values = layout.to_stages(values, *about, values.dtype, layers)
+        values = layout.scatter_to_stages(values, *about, values.dtype, layers)
         return x._replace(
-            quantized=QuantizedTensor(values, to_ranks(scale, None, layers)), slot=None
+            quantized=QuantizedTensor(values, scatter_layers(scale, None, layers)), slot=None
         )
 
     return of_parameters(one, state)
@@ -138,8 +139,10 @@ def scatter(grads: nnx.State, like: nnx.State, layout: Layout) -> nnx.State:
     def one(grad: Array | Slot, variable: nnx.Param, like: Array | Slot) -> Array | Slot:
         about = (variable.names, variable.sizes)
         if isinstance(grad, Slot):
-            return grad._replace(weight=layout.scatter(grad.weight, like.weight, *about))
-        return layout.scatter(grad, like, *about)
+            return grad._replace(
+                weight=layout.reduce_scatter_grad(grad.weight, like.weight, *about)
+            )
+        return layout.reduce_scatter_grad(grad, like, *about)
 
     return of_parameters(one, grads, like)
 
@@ -166,7 +169,7 @@ def specs(tree, layout: Layout):
         if isinstance(value := leaf.get_value(), Fp8Weight):
             whole = leaf.replace(value.quantized.values)
             return QuantizedTensor(of(whole), scale_spec(whole, layout))
-        return layout.stored(leaf.names, leaf.sizes, stack=len(leaf.shape) - len(leaf.sizes))
+        return layout.param_spec(leaf.names, leaf.sizes, stack=len(leaf.shape) - len(leaf.sizes))
 
     return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -174,7 +177,7 @@ def specs(tree, layout: Layout):
 def scale_spec(variable: nnx.Param, layout: Layout):
     """Where the scales of a weight in FP8 lie that is stored whole, up to its experts."""
     stack = len(variable.shape) - len(variable.sizes)
-    return layout.stored(variable.names[:-2], variable.sizes[:-2], stack)
+    return layout.param_spec(variable.names[:-2], variable.sizes[:-2], stack)
 
 
 def named_arrays(state: nnx.State) -> dict:

@@ -21,7 +21,7 @@ def _groups(layout: Layout) -> list[list[int]]:
     return [list(range(first, first + n)) for first in range(0, layout.mesh.ranks, n)]
 
 
-def places(length: int, layout: Layout) -> jax.Array:
+def positions(length: int, layout: Layout) -> jax.Array:
     """Places [t] in their sequences of the tokens of this rank's slices, `length` of them each."""
     own = jnp.arange(length)
     if layout.context == 1:
@@ -29,28 +29,28 @@ def places(length: int, layout: Layout) -> jax.Array:
     return lax.axis_index("rank") % layout.context * length + own
 
 
-def to_heads(x: jax.Array, layout: Layout) -> jax.Array:
+def seq_to_heads(x: jax.Array, layout: Layout) -> jax.Array:
     """Own slices of all heads [B H t K] -> whole sequences of own heads [B h T K]."""
     if layout.context == 1:
         return x
     return lax.all_to_all(x, "rank", 1, 2, tiled=True, axis_index_groups=_groups(layout))
 
 
-def to_slices(x: jax.Array, layout: Layout) -> jax.Array:
+def heads_to_seq(x: jax.Array, layout: Layout) -> jax.Array:
     """The inverse of `to_heads`."""
     if layout.context == 1:
         return x
     return lax.all_to_all(x, "rank", 2, 1, tiled=True, axis_index_groups=_groups(layout))
 
 
-def whole(x: jax.Array, layout: Layout) -> jax.Array:
+def gather_sequence(x: jax.Array, layout: Layout) -> jax.Array:
     """Slices [B t ...] -> whole sequences [B T ...], on all ranks of a group."""
     if layout.context == 1:
         return x
     return lax.all_gather(x, "rank", axis=1, tiled=True, axis_index_groups=_groups(layout))
 
 
-def slices_sum(x: jax.Array, layout: Layout) -> jax.Array:
+def psum_sequence(x: jax.Array, layout: Layout) -> jax.Array:
     """Sum over the slices of each sequence."""
     if layout.context == 1:
         return x

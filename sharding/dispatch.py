@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-class Wire(NamedTuple):
+class WireFormat(NamedTuple):
     """How rows [t D] travel: as a pytree of arrays [t ...], such as values and their scales.
 
     What `decode` returns must encode to the same again, as rows may take a second hop.
@@ -42,7 +42,7 @@ def _as_it_is(x, dtype):
     return x.astype(dtype)
 
 
-PLAIN = Wire(lambda x: x, _as_it_is)
+IDENTITY = WireFormat(lambda x: x, _as_it_is)
 
 
 class Hop(NamedTuple):
@@ -53,11 +53,11 @@ class Hop(NamedTuple):
     n_groups: int  # at each peer
     capacity: int  # copies a round from one peer to another
     ragged: bool = False
-    wire: Wire = PLAIN
+    wire: WireFormat = IDENTITY
     loose: bool = False  # what is received keeps its peers' slots; for a single group
 
 
-class Plan(NamedTuple):
+class DispatchPlan(NamedTuple):
     """What goes where; positions count a device's copies in the order of peers and groups."""
 
     order: jax.Array  # [t*C] position -> copy (row * C + which)
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     n_rounds: jax.Array  # [] the same on all ranks of the expert axes
 
 
-class Places(NamedTuple):
+class RoundIndices(NamedTuple):
     """One round of a plan; both ways a peer has `capacity` slots.
 
     Of the pieces that go to each group of each peer, and of those that come from each peer for each
@@ -93,14 +93,14 @@ class Places(NamedTuple):
         return (jnp.arange(hop.capacity)[None, :] < self.received).reshape(-1)
 
 
-def capacity_of(n_copies: int, size: int, factor: float) -> int:
+def round_capacity(n_copies: int, size: int, factor: float) -> int:
     """Copies a round from one peer to another: `factor` times the balanced load, in eights."""
     if size == 1:
         return n_copies
     return min(n_copies, -(-int(factor * n_copies) // (8 * size)) * 8)
 
 
-def plan_rounds(keys: jax.Array, hop: Hop) -> Plan:
+def plan_rounds(keys: jax.Array, hop: Hop) -> DispatchPlan:
     """The plan for keys [t C]: peer * n_groups + group, or anything past the last for no copy."""
     n_keys = hop.size * hop.n_groups
     flat = jnp.minimum(keys.reshape(-1), n_keys)  # [t*C]
@@ -111,7 +111,7 @@ def plan_rounds(keys: jax.Array, hop: Hop) -> Plan:
     start = jnp.append(_before(sent.sum(1)), 0)
     copies = _told(sent, hop)
     peer = flat // hop.n_groups
-    return Plan(
+    return DispatchPlan(
         order=order,
         peer=peer.reshape(keys.shape),
         offset=(position - start[peer]).reshape(keys.shape),
@@ -120,7 +120,7 @@ def plan_rounds(keys: jax.Array, hop: Hop) -> Plan:
     )
 
 
-def places(plan: Plan, hop: Hop, index) -> Places:
+def round_indices(plan: DispatchPlan, hop: Hop, index) -> RoundIndices:
     """Round `index` of the plan."""
     me = lax.axis_index(hop.axes) if hop.size > 1 else 0
     first = index * hop.capacity
@@ -136,7 +136,7 @@ def places(plan: Plan, hop: Hop, index) -> Places:
     begin = begin + slots[None, :, None]
     grouped = jnp.cumsum(moved, 0) - moved + _before(moved.sum(0))[None, :, :]
     target = jnp.broadcast_to(slots[:, None, None], moved.shape) if hop.loose else grouped
-    return Places(
+    return RoundIndices(
         copy=plan.order.at[position].get(mode="clip"),
         back=jnp.where(mine, slot, position.size),
         sent=moved[me],
@@ -148,7 +148,7 @@ def places(plan: Plan, hop: Hop, index) -> Places:
     )
 
 
-def of_copies(at: Places) -> Places:
+def indices_per_copy(at: RoundIndices) -> RoundIndices:
     """The same round for an array [t*C ...] that has an entry a copy instead of a row."""
     return at._replace(back=at.back.reshape(-1, 1))
 
@@ -171,7 +171,7 @@ def _swap(x: jax.Array, hop: Hop) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(rows: jax.Array, at: Places, hop: Hop) -> jax.Array:
+def dispatch(rows: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
     """Rows [t D] -> those received [r D], r = size * capacity; unspecified where there are none.
 
     They come in the order of their groups, from the front, or each peer's in the slots it has.
@@ -183,7 +183,7 @@ def dispatch(rows: jax.Array, at: Places, hop: Hop) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def combine(out: jax.Array, at: Places, hop: Hop) -> jax.Array:
+def combine(out: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
     """Results [r D] in the order of `dispatch` -> [t D], summed over the copies of each row."""
     returned = _return_ragged(out, at, hop) if hop.ragged else _return_padded(out, at, hop)
     slots = jnp.moveaxis(at.back, 1, 0)  # one gather a copy: all at once would fill [t C D]
@@ -201,7 +201,7 @@ combine.defvjp(
 )
 
 
-def _send_padded(outbox: jax.Array, at: Places, hop: Hop) -> jax.Array:
+def _send_padded(outbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
     if hop.size == 1 or hop.loose:
         return _swap(outbox, hop)  # it is in order
     target, slots = _targets(at, hop), jnp.arange(outbox.shape[0], dtype=jnp.int32)
@@ -209,13 +209,13 @@ def _send_padded(outbox: jax.Array, at: Places, hop: Hop) -> jax.Array:
     return _swap(outbox, hop).at[order].get(mode="clip")
 
 
-def _return_padded(inbox: jax.Array, at: Places, hop: Hop) -> jax.Array:
+def _return_padded(inbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
     if hop.size == 1 or hop.loose:
         return _swap(inbox, hop)
     return _swap(inbox.at[_targets(at, hop)].get(mode="clip"), hop)
 
 
-def _targets(at: Places, hop: Hop) -> jax.Array:
+def _targets(at: RoundIndices, hop: Hop) -> jax.Array:
     """Where each slot of what arrives by padded rounds belongs; past the end if it is empty."""
     column = jnp.arange(hop.capacity)
     stop = jnp.cumsum(at.received, 1)
@@ -225,11 +225,11 @@ def _targets(at: Places, hop: Hop) -> jax.Array:
     return jnp.where(group < hop.n_groups, place, place.size).reshape(-1)
 
 
-def _send_ragged(outbox: jax.Array, at: Places, hop: Hop) -> jax.Array:
+def _send_ragged(outbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
     return _ragged(outbox, hop, at.sent_from, at.sent, at.sent_to, at.received)
 
 
-def _return_ragged(inbox: jax.Array, at: Places, hop: Hop) -> jax.Array:
+def _return_ragged(inbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
     return _ragged(inbox, hop, at.received_to, at.received, at.received_from, at.sent)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 SLACK = 1 + 1e-9  # costs closer than this are a tie, whatever the order of their sums
 
 
-class Placement(NamedTuple):
+class ExpertPlacement(NamedTuple):
     """What lies where; slot s is on rank s // (R / n_ranks)."""
 
     expert_of: np.ndarray  # int32 [L R], the expert in each slot
@@ -23,9 +23,9 @@ class Placement(NamedTuple):
     count: np.ndarray  # int32 [L E], replicas of each expert
 
 
-def balanced(
+def rebalance_experts(
     load: np.ndarray, n_replicas: int, n_groups: int, n_nodes: int, n_ranks: int
-) -> Placement:
+) -> ExpertPlacement:
     """Replicas and places of all experts, as EPLB has them: in float32, but with stable sorts.
 
     Groups are packed onto nodes, experts replicated within each node, and replicas packed onto the
@@ -52,10 +52,10 @@ def balanced(
         expert_of[i], number[i] = _balanced_layer(row, n_replicas, n_groups, n_nodes, n_ranks)
     replicas_of = np.full((n_layers, n_experts, number.max(initial=0) + 1), -1, np.int32)
     replicas_of[np.arange(n_layers)[:, None], expert_of, number] = np.arange(n_replicas)[None, :]
-    return Placement(expert_of, replicas_of, (replicas_of >= 0).sum(-1, dtype=np.int32))
+    return ExpertPlacement(expert_of, replicas_of, (replicas_of >= 0).sum(-1, dtype=np.int32))
 
 
-def extras(load: np.ndarray, n_extra: int, n_nodes: int, n_ranks: int) -> np.ndarray:
+def choose_redundant(load: np.ndarray, n_extra: int, n_nodes: int, n_ranks: int) -> np.ndarray:
     """Loads [L E] -> the expert in each extra slot, int32 [L n_extra].
 
     Expert e is at home on rank e // (E / n_ranks), and its extras lie in that rank's node; slot s

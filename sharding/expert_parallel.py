@@ -22,21 +22,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding.dispatch import (
-    PLAIN,
+    IDENTITY,
+    DispatchPlan,
     Hop,
-    Plan,
-    Wire,
-    capacity_of,
+    WireFormat,
     combine,
     dispatch,
-    of_copies,
-    places,
+    indices_per_copy,
     plan_rounds,
+    round_capacity,
+    round_indices,
 )
 from sharding.mesh import MeshSpec
 
+EXTRA_ROUNDS = "extra_rounds"  # the scope of the loops over all rounds but the first
 
-class Route(NamedTuple):
+
+class DispatchConfig(NamedTuple):
     """Static sizes of an exchange, and how it travels."""
 
     mesh: MeshSpec
@@ -45,7 +47,7 @@ class Route(NamedTuple):
     rows: int = 0  # and from node to node, in rows
     max_nodes: int = 1  # that the experts of a row may lie on
     ragged: bool = False
-    wire: Wire = PLAIN
+    wire: WireFormat = IDENTITY
 
     def to_nodes(self) -> Hop:
         """The hop between the ranks of one number in all nodes."""
@@ -56,20 +58,20 @@ class Route(NamedTuple):
         n_local = self.n_experts // self.mesh.ranks
         return Hop(("rank",), self.mesh.ranks, n_local, self.pairs, self.ragged, self.wire)
 
-    def inside(self) -> "Route":
+    def inside(self) -> "DispatchConfig":
         """The exchange within a node, of its own experts."""
         mesh = dataclasses.replace(self.mesh, nodes=1)
         return self._replace(mesh=mesh, n_experts=self.n_experts // self.mesh.nodes)
 
 
-class Traffic(NamedTuple):
+class DispatchStats(NamedTuple):
     """What an exchange did on a device."""
 
     rounds: jax.Array  # [] times that the experts ran
     pairs: jax.Array  # [] rows that they were given
 
 
-def route_of(
+def make_dispatch_config(
     mesh: MeshSpec,
     n_experts: int,
     n_rows: int,
@@ -77,28 +79,28 @@ def route_of(
     capacity: float,
     max_nodes: int,
     ragged: bool = False,
-    wire: Wire = PLAIN,
-) -> Route:
+    wire: WireFormat = IDENTITY,
+) -> DispatchConfig:
     """The route of `n_rows` rows with `top_k` experts each, on at most `max_nodes` nodes.
 
     Args:
         capacity: receive buffer of a round over the balanced load, at least 1.
     """
     nodes = min(max_nodes, mesh.nodes)
-    pairs = capacity_of(n_rows * top_k, mesh.ranks, capacity)
-    rows = min(n_rows, capacity_of(n_rows * nodes, mesh.nodes, capacity))
-    return Route(mesh, n_experts, pairs, rows, nodes, ragged, wire)
+    pairs = round_capacity(n_rows * top_k, mesh.ranks, capacity)
+    rows = min(n_rows, round_capacity(n_rows * nodes, mesh.nodes, capacity))
+    return DispatchConfig(mesh, n_experts, pairs, rows, nodes, ragged, wire)
 
 
-def exchange(
+def expert_all_to_all(
     fn: Callable,
     params,
     rows: jax.Array,
     weights: jax.Array,
     ids: jax.Array,
-    route: Route,
+    route: DispatchConfig,
     later=None,
-) -> tuple[jax.Array, Traffic]:
+) -> tuple[jax.Array, DispatchStats]:
     """Sum over each row's experts of weight * expert(row), exact for every routing.
 
     Args:
@@ -119,31 +121,31 @@ def exchange(
     return over(fn, both, rows, weights, ids, route)
 
 
-def _over_ranks(fn, params, rows, weights, ids, route: Route):
+def _over_ranks(fn, params, rows, weights, ids, route: DispatchConfig):
     """A copy of a row for each of its experts."""
     hop = route.to_ranks()
 
-    def one_round(index, params, rows, weights, plan: Plan):
-        at = places(plan, hop, index)
+    def one_round(index, params, rows, weights, plan: DispatchPlan):
+        at = round_indices(plan, hop, index)
         received = dispatch(rows, at, hop)
-        plain = hop._replace(wire=PLAIN)
-        gates = dispatch(weights.reshape(-1, 1), of_copies(at), plain)
+        plain = hop._replace(wire=IDENTITY)
+        gates = dispatch(weights.reshape(-1, 1), indices_per_copy(at), plain)
         out = fn(params[0], received, gates[:, 0], at.sizes)
-        return combine(out, at, hop), Traffic(jnp.int32(1), at.sizes.sum())
+        return combine(out, at, hop), DispatchStats(jnp.int32(1), at.sizes.sum())
 
     plan = plan_rounds(ids, hop)
     most = ids.shape[0] * min(ids.shape[1], hop.n_groups)
     return _in_rounds(one_round, params, rows, weights, plan, plan.n_rounds, most > hop.capacity)
 
 
-def _over_nodes(fn, params, rows, weights, ids, route: Route):
+def _over_nodes(fn, params, rows, weights, ids, route: DispatchConfig):
     """A copy of a row for each node, where it goes on to its experts' ranks."""
     hop, inside = route.to_nodes(), route.inside()
-    nowhere, plain = inside.n_experts, hop._replace(wire=PLAIN)
+    nowhere, plain = inside.n_experts, hop._replace(wire=IDENTITY)
 
     def one_round(index, params, rows, weights, plan_ids):
         plan, ids = plan_ids
-        at = places(plan, hop, index)
+        at = round_indices(plan, hop, index)
         received = dispatch(rows, at, hop)
         gates = dispatch(weights, at, plain)
         there = dispatch(ids, at, plain) - lax.axis_index("node") * nowhere
@@ -190,7 +192,8 @@ def _further_rounds(one_round, params, rows, weights, plan):
     def body(i, total):
         return jax.tree.map(jnp.add, total, one_round(i, params, rows, weights, plan))
 
-    return lax.fori_loop(1, n_rounds, body, zeros)
+    with jax.named_scope(EXTRA_ROUNDS):
+        return lax.fori_loop(1, n_rounds, body, zeros)
 
 
 def _further_rounds_forward(one_round, *saved):
@@ -206,7 +209,8 @@ def _further_rounds_backward(one_round, saved, grads):
         return jax.tree.map(lambda total, d: total + d.astype(total.dtype), totals, d_inputs)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(inputs))
-    totals = lax.fori_loop(1, n_rounds, body, zeros)
+    with jax.named_scope(EXTRA_ROUNDS):
+        totals = lax.fori_loop(1, n_rounds, body, zeros)
     return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, tuple(inputs)), None
 
 

@@ -12,7 +12,9 @@ from jax import lax
 from sharding.mesh import EXPERT_AXES, MeshSpec
 
 
-def slots_of(ids: jax.Array, extra: jax.Array, n_experts: int, mesh: MeshSpec) -> jax.Array:
+def logical_to_physical(
+    ids: jax.Array, extra: jax.Array, n_experts: int, mesh: MeshSpec
+) -> jax.Array:
     """Expert ids [t K] -> the slots that their rows go to, replicas taken in turn.
 
     Args:
@@ -40,7 +42,7 @@ def slots_of(ids: jax.Array, extra: jax.Array, n_experts: int, mesh: MeshSpec) -
     return jnp.where(ids < n_experts, table[known, turn], n_experts + extra.size)
 
 
-def with_replicas(experts, extra: jax.Array, mesh: MeshSpec):
+def append_redundant_experts(experts, extra: jax.Array, mesh: MeshSpec):
     """This rank's experts [e ...] with the replicas in its slots behind them [e + R/ep ...].
 
     Their gradients return to their homes. For a moment every rank holds R experts, mostly zeros.

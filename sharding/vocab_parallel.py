@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.collectives import gather, scatter_sum
+from sharding.collectives import all_gather, reduce_scatter
 from sharding.mesh import EXPERT_AXES, MeshSpec
 
 
-def lookup(table: jax.Array, ids: jax.Array, mesh: MeshSpec, dtype: jnp.dtype) -> jax.Array:
+def embed(table: jax.Array, ids: jax.Array, mesh: MeshSpec, dtype: jnp.dtype) -> jax.Array:
     """Rows [t D] for token ids [t], from this rank's columns [V D/ep] of the table."""
     if mesh.ep == 1:
         return table[ids].astype(dtype)
@@ -28,7 +28,7 @@ def lookup(table: jax.Array, ids: jax.Array, mesh: MeshSpec, dtype: jnp.dtype) -
     return lax.all_to_all(columns, EXPERT_AXES, split_axis=0, concat_axis=1, tiled=True)
 
 
-def project(rows: jax.Array, head: jax.Array, mesh: MeshSpec) -> jax.Array:
+def logits(rows: jax.Array, head: jax.Array, mesh: MeshSpec) -> jax.Array:
     """Logits [t V] in float32 for a few rows [t D], from this rank's share [V/ep D] of the head."""
     if mesh.ep == 1:
         return jnp.einsum("tD,VD->tV", rows, head, preferred_element_type=jnp.float32)
@@ -37,13 +37,13 @@ def project(rows: jax.Array, head: jax.Array, mesh: MeshSpec) -> jax.Array:
     return lax.all_to_all(share, EXPERT_AXES, split_axis=0, concat_axis=1, tiled=True)
 
 
-def n_pieces(n_local: int, mesh: MeshSpec, most: int) -> int:
+def n_vocab_chunks(n_local: int, mesh: MeshSpec, most: int) -> int:
     """The fewest equal pieces of a head of `n_local` rows a rank, none with over `most` rows."""
     whole = (n for n in range(1, n_local + 1) if n_local % n == 0)
     return next((n for n in whole if n_local // n * mesh.ep <= most), n_local)
 
 
-def walk(fn: Callable, carry, head: jax.Array, pieces: int, mesh: MeshSpec):
+def scan_vocab_chunks(fn: Callable, carry, head: jax.Array, pieces: int, mesh: MeshSpec):
     """`fn(carry, piece [p D], ids [p]) -> (carry, out)` over all pieces of the head, in turn.
 
     Args:
@@ -63,10 +63,10 @@ def walk(fn: Callable, carry, head: jax.Array, pieces: int, mesh: MeshSpec):
         index, piece = item
         ids = first + index * rows + jnp.arange(rows, dtype=jnp.int32)[None, :]
         if mesh.ep > 1:
-            piece = gather(piece, EXPERT_AXES, 0, mesh)
+            piece = all_gather(piece, EXPERT_AXES, 0, mesh)
         carry, out = fn(carry, piece, ids.reshape(-1))
         if out is not None and mesh.ep > 1:
-            out = scatter_sum(out, EXPERT_AXES, 0, mesh)
+            out = reduce_scatter(out, EXPERT_AXES, 0, mesh)
         return carry, out
 
     split = head.reshape(pieces, rows, head.shape[1])

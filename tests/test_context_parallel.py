@@ -21,9 +21,17 @@ from dsv3_jax.losses import Batch
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.training.batches import abstract_batch, batch_of
 from dsv3_jax.training.step import loss_and_gradients
-from sharding.context_parallel import places, slices_sum, to_heads, to_slices, whole
+from sharding import context_parallel
+from sharding.context_parallel import gather_sequence, heads_to_seq, psum_sequence, seq_to_heads
 from sharding.layout import Layout
-from sharding.mesh import BATCH, make_mesh, parse_mesh, parts_of_sequences, region, spec_of
+from sharding.mesh import (
+    BATCH,
+    make_mesh,
+    manual_region,
+    mesh_spec,
+    parse_mesh,
+    split_batch_and_sequence,
+)
 
 EXTRA, END = 2, 3  # tokens that only targets need; the one behind every document
 DOCUMENTS = "data.mask_documents=True"
@@ -87,14 +95,19 @@ def check(mesh: str, *settings: str):
 def test_slices_become_heads_and_come_back():
     """Two groups of 4 ranks; a rank has 3 tokens of 8 heads of 2 sequences, then 12 of 2 heads."""
     mesh = make_mesh(parse_mesh("ep8"))
-    layout = Layout(mesh=spec_of(mesh), context=4)
+    layout = Layout(mesh=mesh_spec(mesh), context=4)
     x = np.random.default_rng(0).normal(size=(8 * 2, 8, 3, 5)).astype(np.float32)
 
     def shard(x):
-        heads, place = to_heads(x, layout), places(3, layout)[None, :]
-        return heads, to_slices(heads, layout), whole(place, layout), slices_sum(place, layout)
+        heads, place = seq_to_heads(x, layout), context_parallel.positions(3, layout)[None, :]
+        return (
+            heads,
+            heads_to_seq(heads, layout),
+            gather_sequence(place, layout),
+            psum_sequence(place, layout),
+        )
 
-    heads, again, place, total = jax.jit(region(shard, mesh, BATCH, BATCH))(x)
+    heads, again, place, total = jax.jit(manual_region(shard, mesh, BATCH, BATCH))(x)
     want = rearrange(x, "(g n b) (m h) t k -> (g m b) h (n t) k", g=2, n=4, m=4)
     np.testing.assert_array_equal(heads, want)
     np.testing.assert_array_equal(again, x)
@@ -197,12 +210,12 @@ def test_slices_are_rows_of_a_shorter_length():
     ],
 )
 def test_what_a_process_has(part, n_parts, n_groups, wanted):
-    assert parts_of_sequences(part, n_parts, n_groups) == wanted
+    assert split_batch_and_sequence(part, n_parts, n_groups) == wanted
 
 
 def test_processes_that_cut_groups_are_refused():
     with pytest.raises(ValueError, match="2 processes cannot share 3 groups"):
-        parts_of_sequences(0, 2, 3)
+        split_batch_and_sequence(0, 2, 3)
 
 
 ERRORS = [

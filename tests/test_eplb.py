@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from reference.goldens import GOLDENS
 
-from sharding.eplb import balanced, extras, rank_load, with_homes
+from sharding.eplb import choose_redundant, rank_load, rebalance_experts, with_homes
 
 EPLB = json.loads((GOLDENS / "F_eplb" / "eplb.json").read_text())
 
@@ -43,7 +43,7 @@ def zipf(n_layers: int, n_experts: int, seed: int = 0) -> np.ndarray:
 
 def extras_of(load, shape) -> np.ndarray:
     _, n_nodes, n_ranks, _, n_extra = shape
-    return extras(load, n_nodes * n_ranks * n_extra, n_nodes, n_nodes * n_ranks)
+    return choose_redundant(load, n_nodes * n_ranks * n_extra, n_nodes, n_nodes * n_ranks)
 
 
 def before_and_after(load, shape) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +60,7 @@ def test_balanced_equals_the_published_balancer(name):
     """All exact, but for the ranks' loads, which were summed in float32: 1e-4 of up to 1800."""
     case = EPLB[name]
     load = np.array(case["weight"])
-    got = balanced(load, *sizes(case))
+    got = rebalance_experts(load, *sizes(case))
     np.testing.assert_array_equal(got.expert_of, case["phy2log_stable_sort"])
     np.testing.assert_array_equal(got.replicas_of, case["log2phy_stable_sort"])
     np.testing.assert_array_equal(got.count, case["logcnt"])
@@ -103,7 +103,7 @@ def test_balanced_equals_a_slow_twin(shape, kind):
     load = kind(n_layers, n_groups * size).astype(np.float32)
     args = (n_groups * size + more, n_groups, n_nodes, n_nodes * n_ranks)
     want = [balance_slowly(row.tolist(), *args) for row in load]
-    np.testing.assert_array_equal(balanced(load, *args).expert_of, want)
+    np.testing.assert_array_equal(rebalance_experts(load, *args).expert_of, want)
 
 
 @pytest.mark.parametrize("name", EPLB)
@@ -111,7 +111,7 @@ def test_balanced_is_consistent(name):
     case = EPLB[name]
     n_replicas, n_groups, n_nodes, n_ranks = sizes(case)
     load = skewed(5, len(case["weight"][0]), seed=1)
-    got = balanced(load, *sizes(case))
+    got = rebalance_experts(load, *sizes(case))
     assert all(field.dtype == np.int32 for field in got)
     assert (got.count >= 1).all() and got.count.max() == got.replicas_of.shape[2]
     np.testing.assert_array_equal(got.count.sum(1), n_replicas)
@@ -170,7 +170,7 @@ def test_extras_balance_zipf_loads():
 def test_extras_are_idle_where_they_would_harm():
     """Of node 0's two ranks, one would get busier whatever they take; of node 1's, none."""
     load = np.array([[10.0, 10.0, 19.9, 0.1, 30.0, 2.0, 4.0, 4.0]])
-    got = extras(load, 4, 2, 4)
+    got = choose_redundant(load, 4, 2, 4)
     np.testing.assert_array_equal(got, [[0, 2, 6, 4]])
     ranks = rank_load(load, with_homes(got, 8, 4), 4)
     np.testing.assert_allclose(ranks, [[20.0, 20.0, 19.0, 21.0]], rtol=1e-15)  # few, short sums
@@ -212,7 +212,9 @@ def test_extras_are_near_the_best_of_all(n_ranks, n_home, n_slots):
 
 def test_ties_go_to_the_lowest_index():
     """Rank 0's experts are equally busy, 0 comes first; rank 1's are unused, 2 comes first."""
-    np.testing.assert_array_equal(extras(np.array([[4.0, 4.0, 0.0, 0.0]]), 2, 1, 2), [[2, 0]])
+    np.testing.assert_array_equal(
+        choose_redundant(np.array([[4.0, 4.0, 0.0, 0.0]]), 2, 1, 2), [[2, 0]]
+    )
 
 
 @pytest.mark.parametrize("kind", [np.zeros, np.ones, lambda shape: zipf(*shape)])
@@ -220,21 +222,23 @@ def test_same_loads_same_places(kind):
     """Layers do not depend on each other, nor results on what was called before."""
     load = kind((3, 24))
     load.flags.writeable = False
-    np.testing.assert_array_equal(extras(load, 16, 2, 8), extras(load[::-1], 16, 2, 8)[::-1])
-    first, second = balanced(load, 32, 4, 2, 8), balanced(load[::-1], 32, 4, 2, 8)
+    np.testing.assert_array_equal(
+        choose_redundant(load, 16, 2, 8), choose_redundant(load[::-1], 16, 2, 8)[::-1]
+    )
+    first, second = rebalance_experts(load, 32, 4, 2, 8), rebalance_experts(load[::-1], 32, 4, 2, 8)
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b[::-1])
 
 
 def test_more_slots_than_experts():
     """Two ranks of one expert with three extras each: both experts on both, and then repeats."""
-    got = extras(np.array([[5.0, 1.0]]), 6, 1, 2).reshape(2, 3)
+    got = choose_redundant(np.array([[5.0, 1.0]]), 6, 1, 2).reshape(2, 3)
     assert 1 in got[0] and 0 in got[1]
 
 
 def test_no_extras():
     load = skewed(3, 8)
-    got = extras(load, 0, 2, 4)
+    got = choose_redundant(load, 0, 2, 4)
     assert got.shape == (3, 0)
     ranks = rank_load(load, with_homes(got, 8, 4), 4)
     np.testing.assert_allclose(ranks, load.reshape(3, 4, 2).sum(-1), rtol=1e-15)  # the same sums
@@ -259,9 +263,9 @@ def test_no_extras():
 )
 def test_balanced_rejects(change, fragments):
     args = {"load": np.ones((2, 12)), "n_replicas": 16, "n_groups": 2, "n_nodes": 2, "n_ranks": 4}
-    balanced(**args)
+    rebalance_experts(**args)
     with pytest.raises(ValueError) as error:
-        balanced(**args | change)
+        rebalance_experts(**args | change)
     assert all(fragment in str(error.value) for fragment in fragments), error.value
 
 
@@ -280,9 +284,9 @@ def test_balanced_rejects(change, fragments):
 )
 def test_extras_reject(change, fragments):
     args = {"load": np.ones((2, 12)), "n_extra": 8, "n_nodes": 2, "n_ranks": 4}
-    extras(**args)
+    choose_redundant(**args)
     with pytest.raises(ValueError) as error:
-        extras(**args | change)
+        choose_redundant(**args | change)
     assert all(fragment in str(error.value) for fragment in fragments), error.value
 
 

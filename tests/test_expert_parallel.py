@@ -14,9 +14,18 @@ from jax.sharding import PartitionSpec
 from reference.exchange import emulated_ragged, expert_sum, expert_sum_gradients, n_rounds
 from reference.routings import D, E, K, O, T, adversarial, apply_matrices, integers, only, pick
 
-from sharding.dispatch import PLAIN, Hop, Wire, capacity_of, combine, dispatch, places, plan_rounds
-from sharding.expert_parallel import Route, exchange, route_of
-from sharding.mesh import BATCH, EXPERT_AXES, make_mesh, parse_mesh, region
+from sharding.dispatch import (
+    IDENTITY,
+    Hop,
+    WireFormat,
+    combine,
+    dispatch,
+    plan_rounds,
+    round_capacity,
+    round_indices,
+)
+from sharding.expert_parallel import DispatchConfig, expert_all_to_all, make_dispatch_config
+from sharding.mesh import BATCH, EXPERT_AXES, make_mesh, manual_region, parse_mesh
 
 EXPERTS = PartitionSpec(EXPERT_AXES)
 N_RANDOM, N_ADVERSARIAL = 500, 100
@@ -47,17 +56,17 @@ def program(mesh_text: str, pairs: int, rows: int, ragged: bool):
     """(matrices, rows, weights, ids, cotangent) -> y, their gradients, pairs computed, rounds."""
     spec = parse_mesh(mesh_text)
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
-    route = Route(spec, E, pairs, rows, spec.nodes, ragged)
+    route = DispatchConfig(spec, E, pairs, rows, spec.nodes, ragged)
 
     def shard(matrices, rows, weights, ids, cotangent):
-        run = functools.partial(exchange, apply_matrices, ids=ids, route=route)
+        run = functools.partial(expert_all_to_all, apply_matrices, ids=ids, route=route)
         y, pull, traffic = jax.vjp(lambda *x: run(*x), matrices, rows, weights, has_aux=True)
         d_matrices, d_rows, d_weights = pull(cotangent)
         d_matrices = jax.lax.psum(d_matrices, "dp")
         return y, d_matrices, d_rows, d_weights, traffic.pairs[None], traffic.rounds[None]
 
     return jax.jit(
-        region(
+        manual_region(
             shard,
             mesh,
             in_specs=(EXPERTS, BATCH, BATCH, BATCH, BATCH),
@@ -148,18 +157,20 @@ def in_region(mesh_text: str, fn, n_out: int = 1):
     """`fn` of batch shards -> `n_out` batch shards, compiled."""
     spec = parse_mesh(mesh_text)
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
-    run = region(fn, mesh, in_specs=BATCH, out_specs=(BATCH,) * n_out if n_out > 1 else BATCH)
+    run = manual_region(
+        fn, mesh, in_specs=BATCH, out_specs=(BATCH,) * n_out if n_out > 1 else BATCH
+    )
     return jax.jit(run)
 
 
 @pytest.mark.parametrize("mesh, capacity", [("ep1", 30), ("ep4", 8), ("ep2x4", 8)])
 def test_dispatch_then_combine_is_k_times_the_row(mesh, capacity):
     """With experts that do nothing, whatever the routing and the number of rounds."""
-    route = Route(parse_mesh(mesh), E, capacity, 4, 2)
+    route = DispatchConfig(parse_mesh(mesh), E, capacity, 4, 2)
 
     def run(rows, ids):
         ones = jnp.ones(ids.shape)
-        return exchange(lambda params, rows, *_: rows, (), rows, ones, ids, route)[0]
+        return expert_all_to_all(lambda params, rows, *_: rows, (), rows, ones, ids, route)[0]
 
     compiled = in_region(mesh, run)
     rows = integers(np.random.default_rng(3), T, D)
@@ -171,18 +182,18 @@ def test_dispatch_then_combine_is_k_times_the_row(mesh, capacity):
 def test_some_choices_are_none(mesh):
     """An id past the last expert goes nowhere, and a row may have no expert at all."""
     rng = np.random.default_rng(7)
-    route = Route(parse_mesh(mesh), E, 8, 4, 2)
+    route = DispatchConfig(parse_mesh(mesh), E, 8, 4, 2)
 
     def run(matrices, rows, weights, ids):
         matrices = jax.lax.dynamic_slice_in_dim(
             matrices, jax.lax.axis_index(EXPERT_AXES) * (E // route.mesh.ep), E // route.mesh.ep
         )
-        return exchange(apply_matrices, matrices, rows, weights, ids, route)[0]
+        return expert_all_to_all(apply_matrices, matrices, rows, weights, ids, route)[0]
 
     spec = route.mesh
     device_mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
     specs = (PartitionSpec(), BATCH, BATCH, BATCH)
-    compiled = jax.jit(region(run, device_mesh, specs, BATCH))
+    compiled = jax.jit(manual_region(run, device_mesh, specs, BATCH))
     ids = np.where(rng.uniform(size=(T, K)) < 0.4, E, pick(rng, np.ones(E)))
     ids[:20] = E
     matrices, rows, weights = integers(rng, E, O, D), integers(rng, T, D), integers(rng, T, K)
@@ -190,7 +201,7 @@ def test_some_choices_are_none(mesh):
     np.testing.assert_array_equal(compiled(matrices, rows, weights, ids.astype(np.int32)), want)
 
 
-HALVES = Wire(
+HALVES = WireFormat(
     lambda x: {"whole": jnp.floor(x / 2).astype(jnp.int8), "odd": (x % 2 > 0)[:, :1]},
     lambda coded, dtype: (coded["whole"] * 2 + coded["odd"]).astype(dtype),
 )
@@ -203,18 +214,18 @@ def test_wire(mesh, capacity):
     The wire says "all entries of a row are odd, or none": of other rows it makes the nearest, as
     FP8 rounds. Forward it is the rows that are rounded, backward the gradient of the result.
     """
-    route = Route(parse_mesh(mesh), E, capacity, 6, 2, wire=HALVES)
+    route = DispatchConfig(parse_mesh(mesh), E, capacity, 6, 2, wire=HALVES)
     device_mesh = make_mesh(route.mesh, jax.devices()[: route.mesh.n_devices])
 
     def shard(matrices, rows, weights, ids, cotangent):
         def run(*x):
-            return exchange(apply_matrices, *x, ids, route)
+            return expert_all_to_all(apply_matrices, *x, ids, route)
 
         y, pull, _ = jax.vjp(run, matrices, rows, weights, has_aux=True)
         return y, *pull(cotangent)
 
     specs = (EXPERTS, BATCH, BATCH, BATCH)
-    compiled = jax.jit(region(shard, device_mesh, (*specs, BATCH), (BATCH, *specs[:3])))
+    compiled = jax.jit(manual_region(shard, device_mesh, (*specs, BATCH), (BATCH, *specs[:3])))
     for name, inputs, _ in cases()[N_RANDOM : N_RANDOM + 14]:
         matrices, rows, weights, ids, cotangent = inputs
         coded = [np.asarray(HALVES.decode(HALVES.encode(x), x.dtype)) for x in (rows, cotangent)]
@@ -237,7 +248,7 @@ def test_one_hop(ragged, n_groups, monkeypatch):
 
     def run(rows, ids):
         plan = plan_rounds(ids, hop)
-        rounds = [places(plan, hop, i) for i in range(5)]
+        rounds = [round_indices(plan, hop, i) for i in range(5)]
         received = [dispatch(rows, at, hop) for at in rounds]
         back = sum(combine(x, at, hop) for x, at in zip(received, rounds, strict=True))
         return jnp.stack(received)[None], jnp.stack([at.sizes for at in rounds])[None], back
@@ -263,13 +274,13 @@ def test_one_hop(ragged, n_groups, monkeypatch):
 def test_route():
     """The 671B exchange on 8 nodes of 8: buffers of 1.25 times 4 rows and 8 pairs a token."""
     spec = parse_mesh("ep8x8")
-    route = route_of(spec, 256, 2048, 8, 1.25, 4)
+    route = make_dispatch_config(spec, 256, 2048, 8, 1.25, 4)
     assert (route.rows, route.pairs, route.max_nodes) == (1280, 2560, 4)
-    assert route.to_nodes() == Hop(("node",), 8, 1, 1280, False, PLAIN, loose=True)
-    assert route.inside().to_ranks() == Hop(("rank",), 8, 4, 2560, False, PLAIN)
-    flat = route_of(parse_mesh("ep64"), 256, 2048, 8, 1.25, 1)
-    assert flat.to_ranks() == Hop(("rank",), 64, 4, 320, False, PLAIN)
-    few = route_of(parse_mesh("ep2x4"), 16, 10, 3, 1.25, 4)
+    assert route.to_nodes() == Hop(("node",), 8, 1, 1280, False, IDENTITY, loose=True)
+    assert route.inside().to_ranks() == Hop(("rank",), 8, 4, 2560, False, IDENTITY)
+    flat = make_dispatch_config(parse_mesh("ep64"), 256, 2048, 8, 1.25, 1)
+    assert flat.to_ranks() == Hop(("rank",), 64, 4, 320, False, IDENTITY)
+    few = make_dispatch_config(parse_mesh("ep2x4"), 16, 10, 3, 1.25, 4)
     assert (few.rows, few.max_nodes) == (10, 2), "no more rows or nodes than there are"
 
 
@@ -278,13 +289,13 @@ def test_route():
 @pytest.mark.parametrize("ep", [1, 4, 64])
 def test_capacity(n_pairs, ep, factor):
     """All on one rank; else eights that hold the balanced load, and no more than there is."""
-    size = capacity_of(n_pairs, ep, factor)
+    size = round_capacity(n_pairs, ep, factor)
     assert 1 <= size <= n_pairs
     if ep == 1:
         assert size == n_pairs
     elif size < n_pairs:
         assert size % 8 == 0 and 0 <= size * ep - int(factor * n_pairs) < 8 * ep
-    assert capacity_of(4096 * 8, 64, 1.25) == 640
+    assert round_capacity(4096 * 8, 64, 1.25) == 640
 
 
 def test_one_compilation_for_all_routings():

@@ -32,7 +32,7 @@ from dsv3_jax.training.fp8_stats import CLASSES, make_fp8_stats, shares
 from dsv3_jax.training.plots import plot_fp8
 from dsv3_jax.training.step import loss_and_gradients
 from sharding.layout import Layout
-from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
+from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
 
 WIDTH, HIDDEN = 136, 200  # a whole block and a part of one
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
@@ -44,7 +44,7 @@ def layer() -> SwiGLU:
 
 def mesh_of(text: str):
     spec = parse_mesh(text)
-    return make_mesh(spec, jax.devices()[: spec.data]), spec
+    return make_mesh(spec, jax.devices()[: spec.n_data_shards]), spec
 
 
 @pytest.mark.parametrize("zero", [1, 3])
@@ -59,7 +59,7 @@ def test_codes_of_shares_are_those_of_the_whole(mesh_text, zero):
         used = nnx.merge(graphdef, assemble(in_fp8(state, layout), layout, FLOAT32))
         return used.gate_up.kernel.get_value().quantized, used.down.kernel.get_value().quantized
 
-    got = jax.jit(region(whole, mesh, (specs(state, layout),), REPLICATED))(state)
+    got = jax.jit(manual_region(whole, mesh, (specs(state, layout),), REPLICATED))(state)
     for codes, kernel in zip(got, (layer().gate_up.kernel, layer().down.kernel), strict=True):
         want = quantize(kernel[...], BLOCK)
         np.testing.assert_array_equal(
@@ -83,10 +83,10 @@ def one_layer(mesh_text: str, zero: int):
 
         y, pull = jax.vjp(f, state)
         grads = pull(d_y)[0]
-        return y, of_parameters(lambda g, p: layout.whole_sum(g, p.names, p.sizes), grads)
+        return y, of_parameters(lambda g, p: layout.psum_replicated(g, p.names, p.sizes), grads)
 
     stored = specs(state, layout)
-    run = region(shard, mesh, (stored, BATCH, BATCH), (BATCH, stored))
+    run = manual_region(shard, mesh, (stored, BATCH, BATCH), (BATCH, stored))
     y, grads = jax.jit(run)(state, x, d_y)
     return np.asarray(y), {path: np.asarray(g) for path, g in named_arrays(grads).items()}
 

@@ -12,8 +12,9 @@ from reference.cases import assert_close
 
 from dsv3_jax.layer_scan import scan, scan_ahead, stack
 from dsv3_jax.params import Linear, specs
+from sharding.collectives import psum_data
 from sharding.layout import Layout
-from sharding.mesh import BATCH, REPLICATED, data_sum, make_mesh, parse_mesh, region
+from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
 
 WIDTH, HIDDEN, ROWS = 16, 24, 8
 FLOAT32 = jnp.dtype("float32")
@@ -55,9 +56,9 @@ def program(run, n: int, remat: str):
 
         grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
         (d_params, d_rows), counts = grad(params, rows)
-        return data_sum(loss(params, rows)[0]), data_sum(counts), d_params, d_rows
+        return psum_data(loss(params, rows)[0]), psum_data(counts), d_params, d_rows
 
-    inside = region(
+    inside = manual_region(
         shard, make_mesh(spec), (stored, BATCH), (REPLICATED, REPLICATED, stored, BATCH)
     )
     return jax.jit(inside), params

@@ -16,9 +16,9 @@ from dsv3_jax.model.deepseek import abstract_model, count_parameters
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import specs
 from dsv3_jax.training.state import parts_of
-from sharding.collectives import hops
-from sharding.layout import KEPT, Layout
-from sharding.mesh import BATCH, DATA_AXES, EXPERT_AXES, make_mesh, parse_mesh, region
+from sharding.collectives import gather_steps
+from sharding.layout import MODEL_PARALLEL_AXES, Layout
+from sharding.mesh import BATCH, DATA_AXES, EXPERT_AXES, make_mesh, manual_region, parse_mesh
 
 MESHES = {
     "tiny": ["dp1", "dp8", "ep8", "dp4,ep8", "dp2,ep2x4"],
@@ -53,22 +53,22 @@ def test_every_preset_is_here():
 
 
 @pytest.mark.parametrize("preset, mesh", ON_MESHES)
-def test_stored(preset, mesh):
-    """Every axis once, sizes divide, kept dims over the experts' axes, `missing` is the rest."""
+def test_param_spec(preset, mesh):
+    """Every axis once, sizes divide, model-parallel dims over the expert axes, others whole."""
     spec = parse_mesh(mesh)
     layout = Layout(mesh=spec)
     for path, variable in flat(parameters(preset)).items():
         names, sizes = variable.names, variable.sizes
         assert len(names) == len(sizes), path
-        stored = layout.stored(names, sizes)
+        stored = layout.param_spec(names, sizes)
         used = axes_of(stored)
         assert len(used) == len(set(used)) and set(used) <= set(DATA_AXES), (path, stored)
         for name, size, entry in zip(names, sizes, stored, strict=False):
             axes = axes_of(PartitionSpec(entry))
             assert size % spec.size(*axes) == 0, (path, size, stored)
-            assert (name not in KEPT) or tuple(axes) == EXPERT_AXES, (path, stored)
+            assert (name not in MODEL_PARALLEL_AXES) or tuple(axes) == EXPERT_AXES, (path, stored)
         rest = [axis for axis in DATA_AXES if axis not in used and spec.size(axis) > 1]
-        assert sorted(layout.missing(names, sizes)) == sorted(rest), path
+        assert sorted(layout.replicated_axes(names, sizes)) == sorted(rest), path
 
 
 @pytest.mark.parametrize("preset, mesh", ON_MESHES)
@@ -82,7 +82,7 @@ def test_specs_describe_the_stacked_arrays(preset, mesh):
         stack = len(variable.shape) - len(variable.sizes)
         assert stack in (0, 1) and tuple(variable.shape[stack:]) == variable.sizes
         assert tuple(spec[:stack]) == (None,) * stack
-        assert PartitionSpec(*spec[stack:]) == layout.stored(variable.names, variable.sizes)
+        assert PartitionSpec(*spec[stack:]) == layout.param_spec(variable.names, variable.sizes)
 
 
 @pytest.mark.parametrize("mesh", ["dp16,ep64", "dp16,ep8x8"])
@@ -92,7 +92,7 @@ def test_671b_is_spread_evenly(mesh):
     layout = Layout(mesh=spec)
     total = share = 0
     for path, variable in flat(parameters("dsv3_671b")).items():
-        shards = spec.size(*axes_of(layout.stored(variable.names, variable.sizes)))
+        shards = spec.size(*axes_of(layout.param_spec(variable.names, variable.sizes)))
         assert shards == (1024 if len(variable.sizes) > 1 else 1), path
         total += math.prod(variable.shape)
         share += math.prod(variable.shape) // shards
@@ -129,15 +129,15 @@ STORED_ON_DP2_EP4 = {
 
 
 @pytest.mark.parametrize("mesh", ["dp2,ep4", "dp2,ep2x2"])
-def test_stored_of_toys(mesh):
+def test_param_spec_of_toys(mesh):
     layout = Layout(mesh=parse_mesh(mesh))
     for name, (names, sizes) in TOYS.items():
-        assert layout.stored(names, sizes) == PartitionSpec(*STORED_ON_DP2_EP4[name]), name
+        assert layout.param_spec(names, sizes) == PartitionSpec(*STORED_ON_DP2_EP4[name]), name
 
 
 def used_spec(names, sizes) -> PartitionSpec:
     """What a layer works with: kept dims split, all else whole."""
-    return PartitionSpec(*(EXPERT_AXES if name in KEPT else None for name in names))
+    return PartitionSpec(*(EXPERT_AXES if name in MODEL_PARALLEL_AXES else None for name in names))
 
 
 @pytest.mark.parametrize("n_layers", [None, 3])
@@ -149,15 +149,15 @@ def used_spec(names, sizes) -> PartitionSpec:
 def test_gather_and_its_gradient(mesh, rings, n_layers):
     """Gathered equals whole; its gradient is the sum of all devices', in the stored shards.
 
-    With `rings`, as on a torus, both take a hop a ring.
+    With `rings`, as on a torus, both take one collective per ring.
     """
     spec = parse_mesh(mesh)
     if rings:
         sizes = {axis: (size,) for axis, size in spec.sizes.items()} | rings
         spec = dataclasses.replace(spec, rings=tuple(sizes.items()))
-        way = hops(DATA_AXES, spec)
-        taken = [len(groups[0]) if groups else spec.size(axis) for axis, groups in way]
-        assert math.prod(taken) == spec.data and len(taken) > 1
+        steps = gather_steps(DATA_AXES, spec)
+        sizes = [len(groups[0]) if groups else spec.size(axis) for axis, groups in steps]
+        assert math.prod(sizes) == spec.n_data_shards and len(sizes) > 1
     layout = Layout(mesh=spec)
     stack = () if n_layers is None else (n_layers,)
     free = (None,) * len(stack)
@@ -165,14 +165,15 @@ def test_gather_and_its_gradient(mesh, rings, n_layers):
     values = {k: rng.normal(size=(*stack, *s)).astype(np.float32) for k, (_, s) in TOYS.items()}
     # one cotangent a device: of the whole array, of which a device takes its kept part
     cotangents = {
-        k: rng.integers(-4, 5, (spec.data, *v.shape)).astype(np.float32) for k, v in values.items()
+        k: rng.integers(-4, 5, (spec.n_data_shards, *v.shape)).astype(np.float32)
+        for k, v in values.items()
     }
-    stored = {k: PartitionSpec(*free, *layout.stored(*toy)) for k, toy in TOYS.items()}
+    stored = {k: PartitionSpec(*free, *layout.param_spec(*toy)) for k, toy in TOYS.items()}
     used = {k: PartitionSpec(*free, *used_spec(*toy)) for k, toy in TOYS.items()}
 
     def kept_part(x, names):
         for dim, name in enumerate(names):
-            if name in KEPT:
+            if name in MODEL_PARALLEL_AXES:
                 dim += len(stack)
                 size = x.shape[dim] // spec.ep
                 first = jax.lax.axis_index(EXPERT_AXES) * size
@@ -182,14 +183,18 @@ def test_gather_and_its_gradient(mesh, rings, n_layers):
     def shard(values, cotangents):
         full, grads = {}, {}
         for name, (names, sizes) in TOYS.items():
-            gather = functools.partial(layout.gather, names=names, sizes=sizes, dtype=FLOAT32)
+            gather = functools.partial(
+                layout.gather_param, axes=names, global_shape=sizes, dtype=FLOAT32
+            )
             full[name], pull = jax.vjp(gather, values[name])
             (grad,) = pull(kept_part(cotangents[name][0], names))
-            grads[name] = layout.whole_sum(grad, names, sizes)
+            grads[name] = layout.psum_replicated(grad, names, sizes)
         return full, grads
 
     device_mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
-    run = jax.jit(region(shard, device_mesh, in_specs=(stored, BATCH), out_specs=(used, stored)))
+    run = jax.jit(
+        manual_region(shard, device_mesh, in_specs=(stored, BATCH), out_specs=(used, stored))
+    )
     full, grads = run(values, cotangents)
     for name in TOYS:
         np.testing.assert_array_equal(full[name], values[name], err_msg=name)
@@ -199,7 +204,7 @@ def test_gather_and_its_gradient(mesh, rings, n_layers):
 
 def sum_over_users(cotangents, names, n_stack, spec):
     """Sum over devices; of a kept dim, each part has the devices of one expert rank only."""
-    kept = [n_stack + dim for dim, name in enumerate(names) if name in KEPT]
+    kept = [n_stack + dim for dim, name in enumerate(names) if name in MODEL_PARALLEL_AXES]
     if not kept:
         return cotangents.sum(0)
     by_rank = cotangents.reshape(spec.dp, spec.ep, *cotangents.shape[1:]).sum(0)
@@ -213,10 +218,12 @@ def test_gather_leaves_alone_what_is_whole():
     names, sizes = TOYS["matrix"]
 
     def shard(x):
-        once = layout.gather(x, names, sizes, FLOAT32)
-        return layout.gather(once, names, sizes, FLOAT32)
+        once = layout.gather_param(x, names, sizes, FLOAT32)
+        return layout.gather_param(once, names, sizes, FLOAT32)
 
-    run = region(shard, make_mesh(layout.mesh), layout.stored(names, sizes), PartitionSpec())
+    run = manual_region(
+        shard, make_mesh(layout.mesh), layout.param_spec(names, sizes), PartitionSpec()
+    )
     x = np.arange(240.0, dtype=np.float32).reshape(sizes)
     np.testing.assert_array_equal(jax.jit(run)(x), x)
 
@@ -227,11 +234,11 @@ def test_gather_narrows_before_and_sums_wide():
     names, sizes = TOYS["matrix"]
 
     def shard(x, cotangent):
-        full, pull = jax.vjp(lambda x: layout.gather(x, names, sizes, BFLOAT16), x)
+        full, pull = jax.vjp(lambda x: layout.gather_param(x, names, sizes, BFLOAT16), x)
         return full, pull(cotangent[0])[0]
 
-    stored = layout.stored(names, sizes)
-    run = region(shard, make_mesh(layout.mesh), (stored, BATCH), (PartitionSpec(), stored))
+    stored = layout.param_spec(names, sizes)
+    run = manual_region(shard, make_mesh(layout.mesh), (stored, BATCH), (PartitionSpec(), stored))
     x = np.random.default_rng(0).normal(size=sizes).astype(np.float32)
     cotangent = np.full((8, *sizes), 2.0**-9, jnp.bfloat16)
     cotangent[0] = 1.0  # 1 + 7 / 512 has no bfloat16

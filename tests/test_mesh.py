@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from configs import load_preset
 from dsv3_jax.config import Config
 from dsv3_jax.mesh_checks import check_mesh
+from sharding.collectives import pmax_data, psum_data
 from sharding.mesh import (
     AXES,
     BATCH,
@@ -19,15 +20,13 @@ from sharding.mesh import (
     MeshSpec,
     _torus_sizes,
     check_devices,
-    data_max,
-    data_sum,
+    contiguous_shard,
+    fold_pp_into_dp,
     make_mesh,
+    manual_region,
+    mesh_spec,
     parse_mesh,
-    part_of,
-    region,
-    share_of_process,
-    spec_of,
-    without_stages,
+    process_batch_shard,
 )
 
 GOOD = {
@@ -113,7 +112,7 @@ def test_check_devices(text, n_devices, nearest):
 
 def test_sizes():
     spec = parse_mesh("pp2,dp3,ep5x7")
-    assert (spec.ep, spec.data, spec.n_devices) == (35, 105, 210)
+    assert (spec.ep, spec.n_data_shards, spec.n_devices) == (35, 105, 210)
     assert spec.sizes == {"pp": 2, "dp": 3, "node": 5, "rank": 7}
     assert spec.size("dp", "rank") == 21 and spec.size() == 1
 
@@ -154,7 +153,7 @@ def test_cores_of_a_chip_are_an_axis():
 
 
 def test_cpus_have_no_rings():
-    assert spec_of(make_mesh(parse_mesh("dp2,ep2x2"))) == parse_mesh("dp2,ep2x2")
+    assert mesh_spec(make_mesh(parse_mesh("dp2,ep2x2"))) == parse_mesh("dp2,ep2x2")
 
 
 def test_batch_order_and_sums_in_a_region():
@@ -164,9 +163,9 @@ def test_batch_order_and_sums_in_a_region():
 
     def fn(x):
         where = [index(axis) for index, axis in zip(axes, AXES[1:], strict=True)]
-        return jnp.stack([4 * where[0] + 2 * where[1] + where[2]]), data_sum(x), data_max(x)
+        return jnp.stack([4 * where[0] + 2 * where[1] + where[2]]), psum_data(x), pmax_data(x)
 
-    run = region(fn, mesh, in_specs=BATCH, out_specs=(BATCH, REPLICATED, REPLICATED))
+    run = manual_region(fn, mesh, in_specs=BATCH, out_specs=(BATCH, REPLICATED, REPLICATED))
     place, total, most = jax.jit(run)(jnp.arange(8.0))
     np.testing.assert_array_equal(place, np.arange(8))
     np.testing.assert_array_equal((total, most), [[28.0], [7.0]])
@@ -177,9 +176,9 @@ def test_gradients_in_a_region_are_those_of_the_sum():
     mesh = make_mesh(parse_mesh("dp2,ep4"))
 
     def fn(x):
-        return jax.grad(lambda x: (data_sum(x) ** 2).sum())(x)
+        return jax.grad(lambda x: (psum_data(x) ** 2).sum())(x)
 
-    got = jax.jit(region(fn, mesh, PartitionSpec(BATCH[0]), BATCH))(jnp.arange(8.0))
+    got = jax.jit(manual_region(fn, mesh, PartitionSpec(BATCH[0]), BATCH))(jnp.arange(8.0))
     np.testing.assert_array_equal(got, np.full(8, 8 * 2 * 28.0))
 
 
@@ -247,17 +246,20 @@ def test_rows_of_a_process(text, n_processes, process, wanted):
     spec = parse_mesh(text)
     per_process = spec.n_devices // n_processes
     mine = range(process * per_process, (process + 1) * per_process)
-    assert part_of({device % spec.data for device in mine}, spec.data) == wanted
+    assert (
+        contiguous_shard({device % spec.n_data_shards for device in mine}, spec.n_data_shards)
+        == wanted
+    )
 
 
 @pytest.mark.parametrize("held, n", [({0, 2}, 4), ({1, 2}, 4), ({0, 1, 2}, 4)])
 def test_rows_that_are_no_equal_part_are_refused(held, n):
     with pytest.raises(ValueError, match="not one of equal parts"):
-        part_of(held, n)
+        contiguous_shard(held, n)
 
 
 @pytest.mark.parametrize("text", ["dp4,ep2", "pp2,dp2,ep2"])
 def test_one_process_reads_all_rows(text):
     mesh = make_mesh(parse_mesh(text))
-    assert share_of_process(mesh) == share_of_process(without_stages(mesh)) == (0, 1)
-    assert list(without_stages(mesh).devices.flat) == list(mesh.devices.flat)
+    assert process_batch_shard(mesh) == process_batch_shard(fold_pp_into_dp(mesh)) == (0, 1)
+    assert list(fold_pp_into_dp(mesh).devices.flat) == list(mesh.devices.flat)

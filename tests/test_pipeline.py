@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.aot import hlo, pipeline
-from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
+from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
 from sharding.pipeline import Parts, layers_of, run, turns
 from sharding.schedules import NAMES, make
 from sharding.ticks import table_of
@@ -123,7 +123,7 @@ def step(table, sizes, mesh, layers, shared, micros):
 
     batch = PartitionSpec(None, *BATCH)
     specs = (PartitionSpec(), PartitionSpec(), batch)
-    return region(shard, mesh, specs, PartitionSpec())(layers, shared, micros)
+    return manual_region(shard, mesh, specs, PartitionSpec())(layers, shared, micros)
 
 
 def tokens(n_micro: int) -> np.ndarray:
@@ -203,7 +203,9 @@ def test_a_layer_must_keep_its_shape():
         return run(table, [5, 4], wider, layers, micros).seen_last
 
     with pytest.raises(TypeError, match="must keep shape and type"):
-        jax.eval_shape(region(shard, mesh, (REPLICATED, REPLICATED), REPLICATED), layers, tokens(2))
+        jax.eval_shape(
+            manual_region(shard, mesh, (REPLICATED, REPLICATED), REPLICATED), layers, tokens(2)
+        )
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 6], [1, 1, 1, 1]])

@@ -77,7 +77,7 @@ def bytes_a_device(tree) -> int:
 )
 def test_stored_memory_is_that_of_the_state(name, mesh, zero):
     config, spec = preset(name, f"parallel.zero={zero}"), parse_mesh(mesh)
-    config = plan.with_batch(config, spec.data)
+    config = plan.with_batch(config, spec.n_data_shards)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     devices = AbstractMesh(tuple(spec.sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4)
     state = abstract_state(config, optimizer, devices, layout_of(config, spec))

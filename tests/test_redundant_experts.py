@@ -16,10 +16,10 @@ from reference.small_step import assert_same, batch_of, config_of, parameters, p
 from configs import load_preset
 from dsv3_jax.training.rebalance import Redundancy
 from dsv3_jax.training.step import loss_and_gradients
-from sharding.eplb import extras, rank_load, with_homes
-from sharding.expert_parallel import Route, exchange
-from sharding.mesh import BATCH, EXPERT_AXES, MeshSpec, make_mesh, parse_mesh, region
-from sharding.redundant_experts import slots_of, with_replicas
+from sharding.eplb import choose_redundant, rank_load, with_homes
+from sharding.expert_parallel import DispatchConfig, expert_all_to_all
+from sharding.mesh import BATCH, EXPERT_AXES, MeshSpec, make_mesh, manual_region, parse_mesh
+from sharding.redundant_experts import append_redundant_experts, logical_to_physical
 
 N_EXTRA = 8
 EXPERTS = PartitionSpec(EXPERT_AXES)
@@ -32,22 +32,27 @@ def placements(rng) -> dict[str, np.ndarray]:
         "all the same": np.full(N_EXTRA, 5),
         "at home": np.arange(N_EXTRA) * 3,
         "anywhere": rng.integers(0, E, N_EXTRA),
-        "by load, one node": extras(skewed, N_EXTRA, 1, 8)[0],
-        "by load, two nodes": extras(skewed, N_EXTRA, 2, 8)[0],
+        "by load, one node": choose_redundant(skewed, N_EXTRA, 1, 8)[0],
+        "by load, two nodes": choose_redundant(skewed, N_EXTRA, 2, 8)[0],
     }
 
 
 @functools.cache
 def program(mesh_text: str):
     spec = parse_mesh(mesh_text)
-    route = Route(spec, E + N_EXTRA, 16, 6, spec.nodes)
+    route = DispatchConfig(spec, E + N_EXTRA, 16, 6, spec.nodes)
 
     def shard(matrices, rows, weights, ids, cotangent, extra):
-        slots = slots_of(ids, extra, E, spec)
+        slots = logical_to_physical(ids, extra, E, spec)
 
         def run(matrices, rows, weights):
-            return exchange(
-                apply_matrices, with_replicas(matrices, extra, spec), rows, weights, slots, route
+            return expert_all_to_all(
+                apply_matrices,
+                append_redundant_experts(matrices, extra, spec),
+                rows,
+                weights,
+                slots,
+                route,
             )
 
         y, pull, traffic = jax.vjp(run, matrices, rows, weights, has_aux=True)
@@ -56,7 +61,7 @@ def program(mesh_text: str):
 
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
     specs = (EXPERTS, BATCH, BATCH, BATCH, BATCH, PartitionSpec())
-    return jax.jit(region(shard, mesh, specs, (BATCH, EXPERTS, BATCH, BATCH, BATCH)))
+    return jax.jit(manual_region(shard, mesh, specs, (BATCH, EXPERTS, BATCH, BATCH, BATCH)))
 
 
 @pytest.mark.parametrize(
@@ -86,13 +91,13 @@ def test_slots():
     mesh = MeshSpec(nodes=2, ranks=2)  # experts 0..7, two a rank: slots 0 1 x, 2 3 x, ...
     ids = jnp.array([[0, 7], [0, 8], [0, 3], [0, 5], [6, 0]])
     extra = jnp.array([1, 0, 0, 5])  # of ranks 0, 1, 2 (another node than its home), 3
-    got = slots_of(ids, extra, 8, mesh)
+    got = logical_to_physical(ids, extra, 8, mesh)
     np.testing.assert_array_equal(got, [[0, 10], [5, 12], [0, 4], [5, 11], [9, 0]])
 
 
 def test_the_busiest_rank_has_less_to_do():
     load = (1.0 / np.arange(1, 65)[None, :] ** 1.1).astype(np.float32)
-    chosen = extras(load, 8, 1, 8)
+    chosen = choose_redundant(load, 8, 1, 8)
     before = rank_load(load, np.arange(64)[None, :], 8)
     after = rank_load(load, with_homes(chosen, 64, 8), 8)
     assert after.max() < 0.75 * before.max()

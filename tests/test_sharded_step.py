@@ -34,8 +34,8 @@ from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer, moved_bias
 from dsv3_jax.training.state import abstract_state, fresh_state
 from dsv3_jax.training.step import loss_and_gradients, make_step, summarize, update_bias
-from sharding.expert_parallel import route_of
-from sharding.mesh import BATCH, REPLICATED, make_mesh, parse_mesh, region
+from sharding.expert_parallel import make_dispatch_config
+from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
 
 N_PAIRS = BATCH_SIZE * LENGTH * TOP_K
 
@@ -72,9 +72,11 @@ def run(routing: str, mesh_text: str, zero: int = 1, remat: str = "report", piec
 def rounds_of(experts, mesh: str, pieces: int) -> int:
     """Rounds when every token goes to these experts."""
     spec = parse_mesh(mesh)
-    n_tokens = BATCH_SIZE * LENGTH // spec.data // pieces
-    route = route_of(spec, N_EXPERTS, n_tokens, TOP_K, ParallelConfig().capacity_factor, 2)
-    ids = np.tile(experts, (n_tokens * spec.data, 1))
+    n_tokens = BATCH_SIZE * LENGTH // spec.n_data_shards // pieces
+    route = make_dispatch_config(
+        spec, N_EXPERTS, n_tokens, TOP_K, ParallelConfig().capacity_factor, 2
+    )
+    ids = np.tile(experts, (n_tokens * spec.n_data_shards, 1))
     sizes = (spec.dp, spec.nodes, spec.ranks, N_EXPERTS, route.pairs, route.rows)
     return n_rounds(ids, *sizes).max()
 
@@ -233,7 +235,9 @@ def test_bias_follows_the_load_of_the_whole_batch():
         return summarize(RouterStats(load[0], numbers, rounds[0], numbers, numbers))
 
     rounds = rng.integers(1, 6, (8, N_MOE)).astype(np.int32)
-    total = jax.jit(region(shard, mesh, BATCH, REPLICATED))(shards.astype(np.float32), rounds)
+    total = jax.jit(manual_region(shard, mesh, BATCH, REPLICATED))(
+        shards.astype(np.float32), rounds
+    )
     np.testing.assert_array_equal(total.load, shards.sum(0))
     np.testing.assert_array_equal(total.rounds, rounds.max(0))
     bias = jax.tree.map(np.zeros_like, parameters()[1])

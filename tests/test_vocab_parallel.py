@@ -15,8 +15,9 @@ from reference.step import cross_entropy as reference_cross_entropy
 
 import dsv3_jax.losses
 from dsv3_jax.losses import cross_entropy
-from sharding.mesh import BATCH, EXPERT_AXES, REPLICATED, make_mesh, parse_mesh, region
-from sharding.vocab_parallel import lookup, n_pieces, project, walk
+from sharding import vocab_parallel
+from sharding.mesh import BATCH, EXPERT_AXES, REPLICATED, make_mesh, manual_region, parse_mesh
+from sharding.vocab_parallel import n_vocab_chunks, scan_vocab_chunks
 
 T, D, V = 40, 16, 48
 MESHES = ["ep1", "ep4", "ep2x4", "dp2,ep4"]
@@ -30,7 +31,7 @@ def integers(rng, *sizes):
 def compiled(mesh_text: str, shard, in_specs, out_specs):
     spec = parse_mesh(mesh_text)
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
-    return jax.jit(region(functools.partial(shard, spec), mesh, in_specs, out_specs))
+    return jax.jit(manual_region(functools.partial(shard, spec), mesh, in_specs, out_specs))
 
 
 def over_dp(x):
@@ -41,7 +42,9 @@ def over_dp(x):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_lookup(mesh):
     def shard(spec, table, ids, cotangent):
-        rows, pull = jax.vjp(lambda table: lookup(table, ids, spec, jnp.dtype("float32")), table)
+        rows, pull = jax.vjp(
+            lambda table: vocab_parallel.embed(table, ids, spec, jnp.dtype("float32")), table
+        )
         return rows, over_dp(pull(cotangent)[0])
 
     run = compiled(mesh, shard, (COLUMNS, BATCH, BATCH), (BATCH, COLUMNS))
@@ -57,7 +60,10 @@ def test_lookup(mesh):
 
 def test_lookup_in_the_compute_format():
     run = compiled(
-        "ep4", lambda spec, *x: lookup(*x, spec, jnp.dtype("bfloat16")), (COLUMNS, BATCH), BATCH
+        "ep4",
+        lambda spec, *x: vocab_parallel.embed(*x, spec, jnp.dtype("bfloat16")),
+        (COLUMNS, BATCH),
+        BATCH,
     )
     rng = np.random.default_rng(1)
     table, ids = rng.normal(size=(V, D)).astype(np.float32), rng.integers(0, V, T, np.int32)
@@ -69,7 +75,7 @@ def test_lookup_in_the_compute_format():
 @pytest.mark.parametrize("mesh", MESHES)
 def test_project(mesh):
     def shard(spec, rows, head, cotangent):
-        logits, pull = jax.vjp(lambda *x: project(*x, spec), rows, head)
+        logits, pull = jax.vjp(lambda *x: vocab_parallel.logits(*x, spec), rows, head)
         d_rows, d_head = pull(cotangent)
         return logits, d_rows, over_dp(d_head)
 
@@ -93,7 +99,7 @@ def test_walk(mesh, pieces):
             out = jnp.einsum("tp,tD->pD", scores, rows)
             return carry + (scores * (ids + 1)[None, :]).sum(-1), out
 
-        return walk(fn, jnp.zeros(rows.shape[0]), head, pieces, spec)
+        return scan_vocab_chunks(fn, jnp.zeros(rows.shape[0]), head, pieces, spec)
 
     def shard(spec, rows, head, c_carry, c_out):
         (carry, out), pull = jax.vjp(walked, rows, head)
@@ -122,7 +128,9 @@ def test_walk(mesh, pieces):
 
 def test_walk_without_outs():
     def shard(spec, head):
-        count, out = walk(lambda n, piece, ids: (n + ids.sum(), None), jnp.int32(0), head, 2, spec)
+        count, out = scan_vocab_chunks(
+            lambda n, piece, ids: (n + ids.sum(), None), jnp.int32(0), head, 2, spec
+        )
         assert out is None
         return count[None]
 
@@ -135,11 +143,11 @@ def test_walk_without_outs():
 def test_n_pieces(mesh, n_local, most):
     spec = parse_mesh(mesh)
     fit = [n for n in range(1, n_local + 1) if n_local % n == 0 and n_local // n * spec.ep <= most]
-    assert n_pieces(n_local, spec, most) == min(fit)
+    assert n_vocab_chunks(n_local, spec, most) == min(fit)
 
 
 def test_n_pieces_when_one_row_a_rank_is_too_many():
-    assert n_pieces(12, parse_mesh("ep8"), 4) == 12
+    assert n_vocab_chunks(12, parse_mesh("ep8"), 4) == 12
 
 
 SHARES = ["some zeros", "one device zero", "all zero", "unequal"]
@@ -163,7 +171,7 @@ def test_cross_entropy(mesh, piece, n, monkeypatch):
     """In one piece and in several, with rows that do not count, and logits up to +-200."""
     spec = parse_mesh(mesh)
     monkeypatch.setattr(dsv3_jax.losses, "PIECE", piece)
-    assert n_pieces(V // spec.ep, spec, piece) == n
+    assert n_vocab_chunks(V // spec.ep, spec, piece) == n
 
     def shard(spec, rows, head, labels, share):
         def loss_fn(rows, head):

@@ -92,7 +92,7 @@ def report(
         "tokens_per_second_per_chip": tokens / seconds / n_devices * target.chip.devices_per_chip,
         "pipeline": staged,
         "layers": {
-            way: layer(walk.computation(body), tokens / target.mesh.data, target.mesh)
+            way: layer(walk.computation(body), tokens / target.mesh.n_data_shards, target.mesh)
             for way, body in bodies_of(walk).items()
         },
         "assumed_trips": [loop._asdict() | {"trips": walk.trips[loop.name]} for loop in unknown],
@@ -132,7 +132,7 @@ def what_helps(config: Config, target: Target) -> list[str]:
     """Settings that take less memory, those that cost least first."""
     parallel, mesh = config.parallel, target.mesh
     larger = dataclasses.replace(mesh, dp=2 * mesh.dp)
-    batch, one_each = config.train.batch, mesh.data // parallel.context
+    batch, one_each = config.train.batch, mesh.n_data_shards // parallel.context
     smaller = max(one_each, batch // 2 // one_each * one_each)
     wider = f"more devices for the same batch: --mesh={larger} on {larger.n_devices}"
     return [

@@ -18,8 +18,8 @@ from dsv3_jax.progress import Advance
 from dsv3_jax.serving.decode import Served, read
 from dsv3_jax.serving.generator import Generator, check_request
 from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
-from sharding.mesh import BATCH, MeshSpec, placement
-from sharding.vocab_parallel import n_pieces, walk
+from sharding.mesh import BATCH, MeshSpec, named_sharding
+from sharding.vocab_parallel import n_vocab_chunks, scan_vocab_chunks
 
 
 class Pair(NamedTuple):
@@ -49,7 +49,7 @@ class Scorer:
         if max_length < 1 or batch < 1:
             raise ValueError(f"max_length={max_length} and batch={batch} must be positive")
         self.generator, self.max_length, self._shortest = generator, max_length, shortest
-        layout, shares = generator.layout, generator.layout.mesh.data
+        layout, shares = generator.layout, generator.layout.mesh.n_data_shards
         self.batch = -(-batch // shares) * shares
 
         def run(served: Served, tokens, targets):
@@ -96,7 +96,7 @@ class Scorer:
         targets = np.zeros((self.batch, width), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]
-        place = placement(self.generator.mesh, BATCH)
+        place = named_sharding(self.generator.mesh, BATCH)
         logs, greedy = self._run(*(jax.device_put(x, place) for x in (tokens, targets)))
         logs, greedy = np.asarray(logs, np.float64), np.asarray(greedy)
         scores = []
@@ -132,6 +132,8 @@ def token_scores(
 
     zero = jnp.zeros(rows.shape[0], jnp.float32)
     carry = (zero - jnp.inf, jnp.zeros(rows.shape[0], jnp.int32), zero, zero)
-    carry, _ = walk(step, carry, head, n_pieces(head.shape[0], mesh, PIECE), mesh)
+    carry, _ = scan_vocab_chunks(
+        step, carry, head, n_vocab_chunks(head.shape[0], mesh, PIECE), mesh
+    )
     peak, best, total, chosen = carry
     return chosen - peak - jnp.log(total), best == labels

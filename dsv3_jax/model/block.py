@@ -123,8 +123,8 @@ class MoEBlock(Block):
         doc_start: Int[Array, "B T"] | None = None,
         between: Between = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """x after both layers, in `layout.pieces`; `doc_start` as in `causal_attention`."""
-        pieces = self.pieces(x, positions, layout, doc_start, layout.pieces, between)
+        """x after both layers, in `layout.overlap_chunks`; `doc_start` as in `causal_attention`."""
+        pieces = self.pieces(x, positions, layout, doc_start, layout.overlap_chunks, between)
         parts, routed = zip(*pieces, strict=True)
         stats = router_stats(routed, self.ffn.config.top_k, layout)
         return jnp.concatenate(parts, axis=1), stats

@@ -20,9 +20,8 @@ from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import weight
 from dsv3_jax.shapes import Array, Float, Float32, Int
-from sharding.context_parallel import places
+from sharding import context_parallel, vocab_parallel
 from sharding.layout import ONE_DEVICE, Layout
-from sharding.vocab_parallel import lookup, project
 
 
 class DeepSeekV3(nnx.Module):
@@ -67,7 +66,7 @@ class DeepSeekV3(nnx.Module):
     def embed(self, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
         """Embeddings in the compute format."""
         flat = jnp.asarray(tokens).reshape(-1)  # [B*T]
-        rows = lookup(self.embedding[...], flat, layout.mesh, self.policy.compute)
+        rows = vocab_parallel.embed(self.embedding[...], flat, layout.mesh, self.policy.compute)
         return rearrange(rows, "(b t) d -> b t d", b=tokens.shape[0])
 
     def trunk(
@@ -135,7 +134,7 @@ class DeepSeekV3(nnx.Module):
     ) -> Float32[Array, "B T V"]:
         """The output head over all of the vocabulary; for few positions at a time."""
         rows = rearrange(hidden, "b t d -> (b t) d")
-        logits = project(rows, self.head[...].astype(hidden.dtype), layout.mesh)
+        logits = vocab_parallel.logits(rows, self.head[...].astype(hidden.dtype), layout.mesh)
         return rearrange(logits, "(b t) v -> b t v", b=hidden.shape[0])
 
     def _how(self, layout: Layout, remat: str) -> dict:
@@ -144,7 +143,9 @@ class DeepSeekV3(nnx.Module):
 
 def positions_of(tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE) -> Int[Array, "B T"]:
     """0, 1, 2, ... in every row; in later slices of a sequence, on from there."""
-    return jnp.broadcast_to(places(tokens.shape[1], layout)[None, :], tokens.shape)
+    return jnp.broadcast_to(
+        context_parallel.positions(tokens.shape[1], layout)[None, :], tokens.shape
+    )
 
 
 def abstract_model(config: ModelConfig, policy: Policy) -> DeepSeekV3:

@@ -31,7 +31,7 @@ from dsv3_jax.numerics.fp8 import SavedInput
 from dsv3_jax.numerics.matmul import dequantized
 from dsv3_jax.params import Linear
 from dsv3_jax.shapes import Array, Bool, Float, Int
-from sharding.context_parallel import to_heads, to_slices, whole
+from sharding.context_parallel import gather_sequence, heads_to_seq, seq_to_heads
 from sharding.layout import ONE_DEVICE, Layout
 
 # In FP8, the input of the Linear behind attention (report sec. 3.3.3).
@@ -79,9 +79,9 @@ class MLA(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attention of every token to the past; `doc_start` as in `causal_attention`."""
         q = self.queries(h, positions)
-        q = Queries(to_heads(q.nope, layout), to_heads(q.rope, layout))
+        q = Queries(seq_to_heads(q.nope, layout), seq_to_heads(q.rope, layout))
         pairs = self.keys_values(self.latents(h, positions), layout)
-        doc_start = None if doc_start is None else whole(doc_start, layout)
+        doc_start = None if doc_start is None else gather_sequence(doc_start, layout)
         return self.expanded(q, *pairs, doc_start, layout)
 
     def queries(self, h: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Queries:
@@ -105,8 +105,8 @@ class MLA(nnx.Module):
         """Keys and values of every head."""
         a = self.config
         kv = rearrange(self.kv_up(latents.c_kv), "b s (h k) -> b h s k", h=a.n_heads)
-        k_nope, v = jnp.split(to_heads(kv, layout), [a.nope_dim], axis=-1)
-        k_rope = whole(latents.k_rope, layout)[:, None]
+        k_nope, v = jnp.split(seq_to_heads(kv, layout), [a.nope_dim], axis=-1)
+        k_rope = gather_sequence(latents.k_rope, layout)[:, None]
         k_rope = jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], a.rope_dim))
         return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
@@ -125,7 +125,7 @@ class MLA(nnx.Module):
         """
         how = (rope.softmax_scale(self.config), doc_start, layout.mesh.platform)
         o = causal_attention(jnp.concatenate(q, axis=-1), keys, values, *how)
-        o = to_slices(o, layout)
+        o = heads_to_seq(o, layout)
         return self.out(rearrange(o, "b h t o -> b t (h o)"), ATTENDED)
 
     def absorbed(

@@ -20,10 +20,10 @@ from dsv3_jax.numerics.fp8 import SavedInput
 from dsv3_jax.numerics.matmul import Groups, Weight, matmul, swiglu_matmul, undeferred
 from dsv3_jax.params import weight
 from dsv3_jax.shapes import Array, Float, Float32, Int
-from sharding.context_parallel import slices_sum
-from sharding.expert_parallel import Route, exchange, route_of
+from sharding.context_parallel import psum_sequence
+from sharding.expert_parallel import DispatchConfig, expert_all_to_all, make_dispatch_config
 from sharding.layout import Layout
-from sharding.redundant_experts import slots_of, with_replicas
+from sharding.redundant_experts import append_redundant_experts, logical_to_physical
 
 
 class BalanceBias(nnx.Variable):
@@ -60,7 +60,7 @@ def router_stats(pieces: Sequence[Routed], top_k: int, layout: Layout) -> Router
     Of a sequence that lies over several ranks, each has an equal part of the balance loss.
     """
     counts, affinity, rounds, sent, lost = (list(parts) for parts in zip(*pieces, strict=True))
-    sums = (slices_sum(sum(parts), layout) for parts in (counts, affinity))
+    sums = (psum_sequence(sum(parts), layout) for parts in (counts, affinity))
     balance = sequence_balance(*sums, top_k) / layout.context
     most = functools.reduce(jnp.maximum, rounds)
     return RouterStats(sum(counts).sum(0), balance, most, sum(sent), sum(lost))
@@ -99,13 +99,13 @@ class MoE(nnx.Module):
         experts = (self.gate_up.get_value(), self.down.get_value())
         slots = ids
         if m.n_redundant:
-            experts = with_replicas(experts, self.redundant[...], layout.mesh)
-            slots = slots_of(ids, self.redundant[...], m.n_experts, layout.mesh)
+            experts = append_redundant_experts(experts, self.redundant[...], layout.mesh)
+            slots = logical_to_physical(ids, self.redundant[...], m.n_experts, layout.mesh)
         run = functools.partial(apply_experts, layout.mesh.platform)
         further = tuple(
             map(undeferred, experts)
         )  # rounds, which are rare and summed where they run
-        routed, traffic = exchange(run, experts, tokens, gates, slots, route, further)
+        routed, traffic = expert_all_to_all(run, experts, tokens, gates, slots, route, further)
         y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
         if m.n_shared:
             y = y + self.shared(h)
@@ -118,12 +118,12 @@ class MoE(nnx.Module):
             lost=lost.sum(),
         )
 
-    def route(self, layout: Layout, n_tokens: int) -> Route:
+    def route(self, layout: Layout, n_tokens: int) -> DispatchConfig:
         """How tokens reach their experts; with groups laid over nodes, at most on M nodes."""
         m, mesh = self.config, layout.mesh
         max_nodes = mesh.nodes if m.n_groups % mesh.nodes else m.topk_groups
-        sizes = (m.n_experts + m.n_redundant, n_tokens, m.top_k, layout.capacity, max_nodes)
-        return route_of(mesh, *sizes, layout.ragged, layout.wire)
+        sizes = (m.n_experts + m.n_redundant, n_tokens, m.top_k, layout.capacity_factor, max_nodes)
+        return make_dispatch_config(mesh, *sizes, layout.ragged, layout.wire_format)
 
     def router_logits(self, h: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
         """h . e_i in float32, whatever the device's default precision of products is."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import PrecisionConfig
 from dsv3_jax.numerics.quantize import FP8_DISPATCH
-from sharding.dispatch import PLAIN, Wire
+from sharding.dispatch import IDENTITY, WireFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Policy:
     compute: jnp.dtype = jnp.dtype("float32")
     master: jnp.dtype = jnp.dtype("float32")
     moments: jnp.dtype = jnp.dtype("float32")
-    wire: Wire = PLAIN
+    wire: WireFormat = IDENTITY
     fp8: bool = False  # products of all Linears in layers, and what their backwards keep
 
     @classmethod
@@ -29,6 +29,6 @@ class Policy:
             compute=jnp.dtype(precision.compute),
             master=jnp.dtype(precision.master),
             moments=jnp.dtype(precision.moments),
-            wire=FP8_DISPATCH if precision.dispatch == "fp8" else PLAIN,
+            wire=FP8_DISPATCH if precision.dispatch == "fp8" else IDENTITY,
             fp8=precision.matmul == "fp8",
         )

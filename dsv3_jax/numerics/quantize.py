@@ -14,7 +14,7 @@ from einops import rearrange
 from jax import lax
 
 from dsv3_jax.shapes import Array, Float, Float32
-from sharding.dispatch import Wire
+from sharding.dispatch import WireFormat
 
 E4M3, E4M3_MAX = jnp.dtype(jnp.float8_e4m3fn), 448.0
 TILE = (1, 128)  # activations: one scale per token and 128 channels
@@ -107,7 +107,7 @@ def _decode(tiles: DispatchedTiles, dtype) -> Float[Array, "t D"]:
 
 # Rows between ranks (report sec. 3.3.3). Powers of two, so that what was decoded encodes to the
 # same numbers again: a row may take two hops.
-FP8_DISPATCH = Wire(_encode, _decode)
+FP8_DISPATCH = WireFormat(_encode, _decode)
 
 
 def requantize(

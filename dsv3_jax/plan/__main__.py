@@ -124,7 +124,7 @@ def node_forms(config: Config, mesh: MeshSpec) -> list[str]:
 
 def largest_batch(config: Config, mesh: MeshSpec, chip: Chip) -> int:
     """The largest batch, up to the config's, that the mesh divides and holds; 0 if none."""
-    batch, step = 0, max(1, mesh.data // config.parallel.context)
+    batch, step = 0, max(1, mesh.n_data_shards // config.parallel.context)
     while batch + step <= config.train.batch:
         longer = with_batch(config, batch + step)
         if obstacle(longer, mesh) or sum(memory(longer, mesh).values()) > chip.hbm_bytes:

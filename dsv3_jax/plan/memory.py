@@ -20,10 +20,10 @@ from dsv3_jax.numerics.attention import QUERY_CHUNK, SPANS
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import E4M3, TILE
 from dsv3_jax.training.state import layout_of, parts_of
-from sharding.dispatch import capacity_of
+from sharding.dispatch import round_capacity
 from sharding.layout import Layout
 from sharding.mesh import AXES, MeshSpec
-from sharding.vocab_parallel import n_pieces
+from sharding.vocab_parallel import n_vocab_chunks
 
 STACKS = ("dense", "moe", "mtp")  # parts that hold layers; the others are used all through a step
 
@@ -69,13 +69,13 @@ def share_of(param: nnx.Variable, policy: Policy, layout: Layout, stacked: bool)
         used_bytes=used * dtype.itemsize,
         layers=param.shape[0] if stacked else 1,
         axes=tuple(axis for axis in split if axis not in kept),
-        missing=layout.missing(param.names, param.sizes),
+        missing=layout.replicated_axes(param.names, param.sizes),
     )
 
 
 def split_axes(param: nnx.Variable, layout: Layout) -> list[str]:
     """Mesh axes over which a parameter is divided between steps."""
-    entries = layout.stored(param.names, param.sizes)
+    entries = layout.param_spec(param.names, param.sizes)
     return [axis for entry in entries for axis in ([entry] if entry in AXES else entry or ())]
 
 
@@ -111,7 +111,7 @@ def weights(config: Config, layout: Layout) -> dict[str, float]:
 
 def tokens_a_device(config: Config, mesh: MeshSpec) -> int:
     """Tokens that a device runs at once: there is no gradient accumulation yet."""
-    return config.train.batch * config.train.seq_len // mesh.data
+    return config.train.batch * config.train.seq_len // mesh.n_data_shards
 
 
 def expert_rows(config: Config, mesh: MeshSpec) -> int:
@@ -119,7 +119,7 @@ def expert_rows(config: Config, mesh: MeshSpec) -> int:
     if config.model.moe is None:
         return 0
     n_pairs = tokens_a_device(config, mesh) * config.model.moe.top_k
-    return mesh.ep * capacity_of(n_pairs, mesh.ep, config.parallel.capacity_factor)
+    return mesh.ep * round_capacity(n_pairs, mesh.ep, config.parallel.capacity_factor)
 
 
 def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> float:
@@ -192,7 +192,7 @@ def head(config: Config, mesh: MeshSpec) -> dict[str, float]:
     model, n_tokens = config.model, tokens_a_device(config, mesh)
     item = Policy.of(config.precision).compute.itemsize
     share = model.vocab_size // mesh.ep
-    piece = model.vocab_size // n_pieces(share, mesh, PIECE)
+    piece = model.vocab_size // n_vocab_chunks(share, mesh, PIECE)
     at_work = 2 * 4 * n_tokens * piece + (item + 4) * piece * model.width
     waiting = (4 + (1 + model.mtp_depth) * item) * (n_tokens + share) * model.width
     return {"head": at_work + waiting}

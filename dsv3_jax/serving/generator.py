@@ -16,7 +16,7 @@ from dsv3_jax.serving.decode import Cache, Fp8Latents, Served, extend, prefill
 from dsv3_jax.serving.sampling import GREEDY, Sampling, choose_tokens
 from dsv3_jax.shapes import Bool, Int
 from sharding.layout import Layout
-from sharding.mesh import BATCH, REPLICATED, placement, region, spec_of
+from sharding.mesh import BATCH, REPLICATED, manual_region, mesh_spec, named_sharding
 
 ROOM = 128  # the cache is as long as prompt and new tokens need, in steps of this many
 
@@ -53,7 +53,7 @@ class Generator:
         """
         self.config, self._fp8_cache, self._multiple = model.config, fp8_cache, multiple
         self.mesh = mesh
-        self.layout = Layout(mesh=spec_of(mesh), zero=0, capacity=capacity)
+        self.layout = Layout(mesh=mesh_spec(mesh), zero=0, capacity_factor=capacity)
         self._graphdef, state = nnx.split(Served(model))
         leaves, self._treedef = jax.tree.flatten(state)
         self._specs = jax.tree.leaves(specs(state, self.layout))
@@ -77,9 +77,9 @@ class Generator:
                 mesh and the other rows.
         """
         check_request(prompts, max_new, self.config.vocab_size)
-        tokens, start = _left_padded(prompts, self.layout.mesh.data, self._multiple)
+        tokens, start = _left_padded(prompts, self.layout.mesh.n_data_shards, self._multiple)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(start)))
-        put = functools.partial(jax.device_put, device=placement(self.mesh, BATCH))
+        put = functools.partial(jax.device_put, device=named_sharding(self.mesh, BATCH))
         tokens, start, keys = put(tokens), put(start), put(jax.random.key_data(keys))
         size = -(-(tokens.shape[1] + max_new) // ROOM) * ROOM
         first, further = self._programs(sampling, size)
@@ -106,7 +106,7 @@ class Generator:
         def shard(leaves, *arguments):
             return fn(nnx.merge(self._graphdef, self._treedef.unflatten(leaves)), *arguments)
 
-        run = region(shard, self.mesh, (self._specs, *inputs), outputs)
+        run = manual_region(shard, self.mesh, (self._specs, *inputs), outputs)
         compiled = jax.jit(run, donate_argnums=tuple(1 + place for place in donate))
         return functools.partial(compiled, self._leaves)
 

@@ -21,8 +21,8 @@ from jaxtyping import PyTree, UInt32
 from dsv3_jax.checkpoint.integrity import fingerprint
 from dsv3_jax.params import of_parameters
 from dsv3_jax.shapes import Array
-from sharding.layout import KEPT, Layout
-from sharding.mesh import A_ROW_A_DEVICE, region
+from sharding.layout import MODEL_PARALLEL_AXES, Layout
+from sharding.mesh import ROW_PER_DEVICE, manual_region
 
 SLOW = 1.5  # times the median
 PRODUCTS = {"cpu": (128, 4)}  # size of the products that tell a device's pace, and how many
@@ -51,7 +51,7 @@ class Copies:
             hashes += jax.tree.leaves(of_parameters(lambda x, p: _gathered(x, p, layout), params))
             return jnp.stack(hashes)[None]
 
-        self._hashes = jax.jit(region(shard, mesh, (stored, weights), A_ROW_A_DEVICE))
+        self._hashes = jax.jit(manual_region(shard, mesh, (stored, weights), ROW_PER_DEVICE))
 
     def differ(self, state: PyTree, params: nnx.State) -> list[str]:
         """A line for every array whose copies are not the same on all devices that have one."""
@@ -75,7 +75,7 @@ def _gathered(x: Array, parameter: nnx.Param, layout: Layout) -> UInt32[Array, "
     """Fingerprint of a parameter as a device gathers it, a layer at a time."""
 
     def one(part: Array) -> UInt32[Array, ""]:
-        return fingerprint(layout.gather(part, parameter.names, parameter.sizes, part.dtype))
+        return fingerprint(layout.gather_param(part, parameter.names, parameter.sizes, part.dtype))
 
     stacked = x.ndim > len(parameter.names)
     return jax.lax.map(one, x).sum(dtype=jnp.uint32) if stacked else one(x)
@@ -88,7 +88,7 @@ def _places(array: jax.Array) -> dict[jax.Device, Hashable]:
 
 def _parts(parameter: nnx.Variable, mesh: Mesh) -> dict[jax.Device, Hashable]:
     """Which part of a parameter each device has once it is gathered."""
-    kept = any(name in KEPT for name in parameter.names)
+    kept = any(name in MODEL_PARALLEL_AXES for name in parameter.names)
     ranks = np.ndenumerate(mesh.devices)
     return {device: place[2:] if kept else None for place, device in ranks}
 

@@ -16,8 +16,9 @@ from dsv3_jax.params import specs
 from dsv3_jax.shapes import Array, Int
 from dsv3_jax.training.state import parts_of
 from dsv3_jax.training.step import ready
+from sharding.collectives import psum_data
 from sharding.layout import Layout
-from sharding.mesh import BATCH, REPLICATED, data_sum, region
+from sharding.mesh import BATCH, REPLICATED, manual_region
 
 
 def make_evaluation(config: Config, mesh: Mesh, layout: Layout) -> Callable:
@@ -27,9 +28,9 @@ def make_evaluation(config: Config, mesh: Mesh, layout: Layout) -> Callable:
     def shard(params, bias, batch: Batch):
         model = model_of(params, bias)
         losses, _ = training_loss(model, batch, config.losses, 0.0, layout, "none")
-        return data_sum(losses)
+        return psum_data(losses)
 
-    return jax.jit(region(shard, mesh, (stored, REPLICATED, BATCH), REPLICATED))
+    return jax.jit(manual_region(shard, mesh, (stored, REPLICATED, BATCH), REPLICATED))
 
 
 def make_sampler(config: Config, mesh: Mesh, layout: Layout, temperature: float = 0.7) -> Callable:
@@ -55,7 +56,7 @@ def make_sampler(config: Config, mesh: Mesh, layout: Layout, temperature: float 
         return jax.lax.fori_loop(start, tokens.shape[1], extend, tokens)
 
     inputs = (stored, REPLICATED, BATCH, REPLICATED, BATCH)
-    return jax.jit(region(shard, mesh, inputs, BATCH))
+    return jax.jit(manual_region(shard, mesh, inputs, BATCH))
 
 
 def _at(key: UInt32[Array, " 2"], place: Int[Array, ""]) -> jax.Array:

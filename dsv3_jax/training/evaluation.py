@@ -15,7 +15,7 @@ from dsv3_jax.training.batches import batch_of
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
 from dsv3_jax.training.state import layout_of
-from sharding.mesh import BATCH, share_of_process, spec_of, without_stages
+from sharding.mesh import BATCH, fold_pp_into_dp, mesh_spec, process_batch_shard
 
 
 class HeldOut:
@@ -27,12 +27,12 @@ class HeldOut:
 
     def __init__(self, config: Config, mesh: Mesh, corpus: Corpus):
         self._config, self._corpus, self._mesh = config, corpus, mesh
-        self._layout = layout_of(config, spec_of(mesh))
-        if spec_of(mesh).pp > 1:
-            self._mesh = without_stages(mesh)
-            flat = layout_of(config, spec_of(self._mesh))
+        self._layout = layout_of(config, mesh_spec(mesh))
+        if mesh_spec(mesh).pp > 1:
+            self._mesh = fold_pp_into_dp(mesh)
+            flat = layout_of(config, mesh_spec(self._mesh))
             self._layout = dataclasses.replace(flat, zero=3)
-        train, share = config.train, share_of_process(self._mesh, config.parallel.context)
+        train, share = config.train, process_batch_shard(self._mesh, config.parallel.context)
         self._rows = data.eval_batches(corpus.held_out, train.batch, train.eval_batches, share)
         how = (config, self._mesh, self._layout)
         self._losses = make_evaluation(*how)
@@ -60,7 +60,7 @@ class HeldOut:
 
     def sample(self, params: nnx.State, bias: nnx.State) -> tuple[str, str]:
         """Prompt from the held-out text, and what the model makes of it."""
-        shares, new = self._layout.mesh.data, self._config.train.sample_tokens
+        shares, new = self._layout.mesh.n_data_shards, self._config.train.sample_tokens
         prompt = np.asarray(self._corpus.held_out[0][:16])
         rows = np.zeros((shares, prompt.size + new), np.int32)
         rows[:, : prompt.size] = prompt

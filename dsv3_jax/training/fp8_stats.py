@@ -12,8 +12,9 @@ from dsv3_jax.losses import Batch, training_loss
 from dsv3_jax.numerics.fp8 import QuantStats
 from dsv3_jax.params import named_arrays, no_counts
 from dsv3_jax.training.evaluate import model_in_region
+from sharding.collectives import psum_data
 from sharding.layout import Layout
-from sharding.mesh import BATCH, REPLICATED, data_sum, region
+from sharding.mesh import BATCH, REPLICATED, manual_region
 
 CLASSES = ("activations", "gradients", "weights")  # what meets in the three products
 
@@ -31,9 +32,9 @@ def make_fp8_stats(config: Config, mesh: Mesh, layout: Layout) -> Callable:
             how = (config.losses, config.losses.mtp_weight, layout, config.parallel.remat)
             return training_loss(model, batch, *how)[0].total
 
-        return data_sum(jax.grad(loss)(no_counts(params)))
+        return psum_data(jax.grad(loss)(no_counts(params)))
 
-    return jax.jit(region(shard, mesh, (stored, REPLICATED, BATCH), REPLICATED))
+    return jax.jit(manual_region(shard, mesh, (stored, REPLICATED, BATCH), REPLICATED))
 
 
 def shares(counts: nnx.State) -> dict[str, float]:

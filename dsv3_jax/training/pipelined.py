@@ -37,10 +37,10 @@ from dsv3_jax.params import (
 )
 from dsv3_jax.pipeline_plan import pipeline_of
 from dsv3_jax.training.state import parts_of
-from sharding.layout import Layout
-from sharding.mesh import BATCH, REPLICATED, region, whole_max, whole_sum
+from sharding.collectives import pmax_all, psum_all
+from sharding.layout import Layout, gather_layers, max_per_layer, own_layers
+from sharding.mesh import BATCH, REPLICATED, manual_region
 from sharding.pipeline import Gradients, Parts, layers_of, run
-from sharding.stage_resharding import from_ranks, most_of_ranks, of_rank
 
 
 def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
@@ -49,7 +49,10 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     Weights are gathered once a step, whatever `parallel.zero` says, and layers run in one piece:
     the exchange of one micro-batch has another beside it.
     """
-    policy, layout = Policy.of(config.precision), dataclasses.replace(layout, zero=1, pieces=1)
+    policy, layout = (
+        Policy.of(config.precision),
+        dataclasses.replace(layout, zero=1, overlap_chunks=1),
+    )
     pipeline = pipeline_of(config, layout.mesh)
     n_layers, micro = sum(pipeline.sizes), config.pipeline.micro_batch_size
     places = layers_of(pipeline.table, pipeline.sizes)
@@ -64,8 +67,8 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     def shard(params, bias, batch: Batch, weight, _):
         in_use = in_fp8(params, layout) if policy.fp8 else params
         stack = to_stages(nnx.State(in_use["moe"]), layout, policy.compute, places)
-        stage_bias = jax.tree.map(lambda x: of_rank(x, places), nnx.State(bias["moe"]))
-        n_sequences = batch.tokens.shape[0] * layout.mesh.data // layout.context
+        stage_bias = jax.tree.map(lambda x: own_layers(x, places), nnx.State(bias["moe"]))
+        n_sequences = batch.tokens.shape[0] * layout.mesh.n_data_shards // layout.context
         counts = target_counts(batch, config.model.mtp_depth, layout)
         weights = assemble(without_layers(in_use), layout, policy.compute)
         ends = _Ends(
@@ -89,17 +92,17 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
             about = (variable.names, variable.sizes)
             part, _, inner = path.partition(".")
             if part == "moe":
-                grad = layout.from_stages(found.gradients[inner], x, *about, places)
+                grad = layout.gather_from_stages(found.gradients[inner], x, *about, places)
             else:
-                grad = layout.scatter(found.shared[path], x, *about)
-            return layout.whole_sum(grad, *about)
+                grad = layout.reduce_scatter_grad(found.shared[path], x, *about)
+            return layout.psum_replicated(grad, *about)
 
-        main, mtp, end_stats = whole_sum(found.seen_last[:2]) + found.seen_last[2:]
+        main, mtp, end_stats = psum_all(found.seen_last[:2]) + found.seen_last[2:]
         stats = _of_all(found.seen, end_stats, places, n_layers)
         losses = losses_of(main, mtp, stats.balance.sum(), n_sequences, config.losses, weight)
         return losses, stats, _by_path(home, params)
 
-    return region(
+    return manual_region(
         shard,
         mesh,
         in_specs=(stored, REPLICATED, BATCH, REPLICATED, REPLICATED),
@@ -260,8 +263,8 @@ def _join(total, new):
 
 def _of_all(seen: RouterStats, last: RouterStats | None, places, n_layers: int) -> RouterStats:
     """The statistics of all MoE layers over the global batch, those of MTP last."""
-    sums = jax.tree.map(lambda x: from_ranks(x, None, places, n_layers), seen)
-    sums = sums._replace(rounds=most_of_ranks(seen.rounds, places, n_layers))
+    sums = jax.tree.map(lambda x: gather_layers(x, None, places, n_layers), seen)
+    sums = sums._replace(rounds=max_per_layer(seen.rounds, places, n_layers))
     if last is not None:
         sums = jax.tree.map(lambda *both: jnp.concatenate(both), sums, last)
-    return whole_sum(sums)._replace(rounds=whole_max(sums.rounds))
+    return psum_all(sums)._replace(rounds=pmax_all(sums.rounds))

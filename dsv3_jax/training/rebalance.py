@@ -5,8 +5,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dsv3_jax.config import Config
-from sharding.eplb import extras
-from sharding.mesh import REPLICATED, on_devices, spec_of
+from sharding.eplb import choose_redundant
+from sharding.mesh import REPLICATED, make_global_array, mesh_spec
 
 
 class Redundancy:
@@ -47,9 +47,9 @@ class Redundancy:
         return {"slots": np.asarray(self.slots).tolist(), "load": self._load.tolist()}
 
     def _place(self):
-        spec = spec_of(self._mesh)
-        self._use(extras(self._load, self._n_slots, spec.nodes, spec.ep))
+        spec = mesh_spec(self._mesh)
+        self._use(choose_redundant(self._load, self._n_slots, spec.nodes, spec.ep))
         self._load = np.ones_like(self._load)
 
     def _use(self, slots: np.ndarray):
-        self.slots = on_devices(slots, self._mesh, REPLICATED)
+        self.slots = make_global_array(slots, self._mesh, REPLICATED)

@@ -37,7 +37,7 @@ from dsv3_jax.training.state import abstract_state, fresh_state, layout_of, stat
 from dsv3_jax.training.step import Metrics, make_step
 from dsv3_jax.training.workdir import check_text, check_tokenizer, check_workdir
 from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import MeshSpec, make_mesh, share_of_process, spec_of
+from sharding.mesh import MeshSpec, make_mesh, mesh_spec, process_batch_shard
 
 
 def train(config: Config, spec: MeshSpec, workdir: Path) -> Path:
@@ -66,7 +66,7 @@ class Run:
         self.ledger, self.events = Ledger(self.folder, process_began()), Events(self.folder)
         self.console = rich.console.Console(quiet=process > 0, highlight=False, soft_wrap=True)
         self.mesh = make_mesh(spec)
-        self.layout = layout_of(config, spec_of(self.mesh))
+        self.layout = layout_of(config, mesh_spec(self.mesh))
         if self.layout.ragged and self.layout.mesh.platform == "cpu":
             raise NotImplementedError(
                 "parallel.transport='ragged': XLA has no ragged all-to-all for CPUs; use 'padded'"
@@ -79,7 +79,7 @@ class Run:
             self.corpus.tokenizer.save(workdir / "tokenizer.json")
         self._where = (config, self.mesh, self.corpus.tokenizer.eos_id)
         self.sizes = BatchSizes.of(train)
-        share = share_of_process(self.mesh, config.parallel.context)
+        share = process_batch_shard(self.mesh, config.parallel.context)
         self.loader = data.Loader(self.corpus.train, self.sizes, train.seed, share)
         self.optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
         self.pipeline = pipeline_of(config, self.layout.mesh) if spec.pp > 1 else None

@@ -17,7 +17,7 @@ from dsv3_jax.params import named_arrays, specs
 from dsv3_jax.progress import byte_bar
 from dsv3_jax.weights.sources import Source, filled
 from sharding.layout import Layout
-from sharding.mesh import MeshSpec, placement
+from sharding.mesh import MeshSpec, named_sharding
 
 
 class TrainState(NamedTuple):
@@ -37,11 +37,11 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
     return Layout(
         mesh=mesh,
         zero=parallel.zero,
-        capacity=parallel.capacity_factor,
+        capacity_factor=parallel.capacity_factor,
         ragged=parallel.transport == "ragged",
-        wire=Policy.of(config.precision).wire,
+        wire_format=Policy.of(config.precision).wire,
         unroll=parallel.unroll,
-        pieces=parallel.overlap_chunks,
+        overlap_chunks=parallel.overlap_chunks,
         context=parallel.context,
     )
 
@@ -86,7 +86,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, types and placements of the state, without its numbers."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
-    placements = jax.tree.map(lambda spec: placement(mesh, spec), specs(shapes, layout))
+    placements = jax.tree.map(lambda spec: named_sharding(mesh, spec), specs(shapes, layout))
 
     def place(sharding, subtree):
         return jax.tree.map(

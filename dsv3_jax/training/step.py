@@ -30,8 +30,9 @@ from dsv3_jax.shapes import Array, Float32, Int
 from dsv3_jax.training.batches import abstract_batch
 from dsv3_jax.training.pipelined import pipelined
 from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
+from sharding.collectives import pmax_data, psum_data
 from sharding.layout import Layout
-from sharding.mesh import BATCH, REPLICATED, data_max, data_sum, placement, region, spec_of
+from sharding.mesh import BATCH, REPLICATED, manual_region, mesh_spec, named_sharding
 
 USUAL_STEPS = 100  # gradient norms that make the usual one
 
@@ -85,10 +86,10 @@ def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout
             return losses.total, (losses, stats)
 
         grads, (losses, stats) = jax.grad(loss_fn, has_aux=True)(params)
-        grads = of_parameters(lambda x, p: layout.whole_sum(x, p.names, p.sizes), grads)
-        return data_sum(losses), summarize(stats), grads
+        grads = of_parameters(lambda x, p: layout.psum_replicated(x, p.names, p.sizes), grads)
+        return psum_data(losses), summarize(stats), grads
 
-    return region(
+    return manual_region(
         shard,
         mesh,
         in_specs=(stored, REPLICATED, BATCH, REPLICATED, REPLICATED),
@@ -100,8 +101,8 @@ def summarize(stats: RouterStats | None) -> RouterStats | None:
     """This shard's statistics -> those of the global batch."""
     if stats is None:
         return None
-    sums = data_sum(stats)
-    return sums._replace(rounds=data_max(stats.rounds))
+    sums = psum_data(stats)
+    return sums._replace(rounds=pmax_data(stats.rounds))
 
 
 def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:
@@ -176,11 +177,11 @@ def usual_norm(
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The program that training runs on `mesh`, lowered for its devices; nothing is run."""
-    layout = layout_of(config, spec_of(mesh))
+    layout = layout_of(config, mesh_spec(mesh))
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     state = abstract_state(config, optimizer, mesh, layout)
     batch, extra = Batch(*abstract_batch(config, mesh)), None
     if n_redundant := config.model.moe and config.model.moe.n_redundant:
         shape = (config.model.n_moe_layers, n_redundant)
-        extra = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placement(mesh, REPLICATED))
+        extra = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=named_sharding(mesh, REPLICATED))
     return make_step(config, optimizer, mesh, layout).lower(state, batch, extra)

@@ -41,7 +41,7 @@ from dsv3_jax.weights.sources import (
     wanted_part,
 )
 from sharding.layout import Layout
-from sharding.mesh import spec_of
+from sharding.mesh import mesh_spec
 
 SCALES = "scales.safetensors"  # of an imported FP8 checkpoint, so that an export can keep them
 
@@ -62,10 +62,10 @@ def import_weights(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(FORMATS[:2])}")
     official, directory = Official(Path(source)), Path(directory)
     mesh = mesh_of(mesh)
-    check_model_mesh(official.config, spec_of(mesh))
+    check_model_mesh(official.config, mesh_spec(mesh))
     _begin(official, directory, dtype)
     policy = Policy(master=jnp.dtype(dtype))
-    layout = Layout(mesh=spec_of(mesh), zero=3)
+    layout = Layout(mesh=mesh_spec(mesh), zero=3)
     wanted = wanted_arrays(official.config, policy, mesh, layout)
     with (
         contextlib.closing(Checkpoints(directory / "parts", keep=None)) as checkpoints,

@@ -20,7 +20,7 @@ from dsv3_jax.weights.sources import (
     wanted_arrays,
 )
 from sharding.layout import Layout
-from sharding.mesh import MeshSpec, make_mesh, parse_mesh, spec_of, start_devices
+from sharding.mesh import MeshSpec, make_mesh, mesh_spec, parse_mesh, start_devices
 
 
 def load_pretrained(
@@ -50,7 +50,7 @@ def load_model(source: Source, dtype: str, mesh: str | Mesh | None) -> DeepSeekV
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     mesh = mesh_of(mesh)
-    spec = spec_of(mesh)
+    spec = mesh_spec(mesh)
     check_model_mesh(source.config, spec)
     if spec.pp > 1:
         flat = dataclasses.replace(spec, pp=1, dp=spec.pp * spec.dp)

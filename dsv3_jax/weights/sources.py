@@ -39,7 +39,7 @@ from dsv3_jax.weights.hf_names import (
 from dsv3_jax.weights.load import bytes_to_read, load_arrays, load_scales
 from dsv3_jax.weights.safetensors import Folder
 from sharding.layout import Layout
-from sharding.mesh import placement
+from sharding.mesh import named_sharding
 
 Wanted = dict[str, jax.ShapeDtypeStruct]  # dotted path of a parameter -> shape, dtype, sharding
 Arrays = dict[str, jax.Array]
@@ -86,7 +86,7 @@ def wanted_arrays(config: ModelConfig, policy: Policy, mesh: Mesh, layout: Layou
         param = isinstance(variable, nnx.Param)
         dtype = jnp.float32 if not param or variable.wide else policy.master
         dtype = E4M3 if param and variable.fp8 and policy.fp8 else dtype
-        where = placement(mesh, specs(variable, layout))
+        where = named_sharding(mesh, specs(variable, layout))
         return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=where)
 
     state = nnx.state(abstract_model(config, policy))
@@ -188,7 +188,7 @@ class Official:
         """
         state = nnx.state(abstract_model(self.config, Policy()), nnx.Param)
         places = {
-            ".".join(path): placement(mesh, scale_spec(variable, layout))
+            ".".join(path): named_sharding(mesh, scale_spec(variable, layout))
             for path, variable in nnx.to_flat_state(state)
             if variable.fp8
         }

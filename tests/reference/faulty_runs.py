@@ -20,7 +20,7 @@ from reference.train_command import settings
 from configs import load_preset
 from dsv3_jax.config_cli import override
 from dsv3_jax.training import run, step
-from sharding.mesh import BATCH, on_devices, start_devices
+from sharding.mesh import BATCH, make_global_array, start_devices
 
 whole_gradients, Run = step.loss_and_gradients, run.Run
 
@@ -47,7 +47,7 @@ class FaultyRun(Run):
         first, last = self.faults.get("bad", (0, 0))
         if first <= begin < last:
             mask = np.zeros(batch.loss_mask.shape, bool)
-            batch = batch._replace(loss_mask=on_devices(mask, self.mesh, BATCH))
+            batch = batch._replace(loss_mask=make_global_array(mask, self.mesh, BATCH))
         return super()._step(batch)
 
     def _due(self, number: int):
