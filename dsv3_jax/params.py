@@ -169,7 +169,8 @@ def specs(tree, layout: Layout):
         if isinstance(value := leaf.get_value(), Fp8Weight):
             whole = leaf.replace(value.quantized.values)
             return QuantizedTensor(of(whole), scale_spec(whole, layout))
-        return layout.param_spec(leaf.names, leaf.sizes, stack=len(leaf.shape) - len(leaf.sizes))
+        n_stack_dims = len(leaf.shape) - len(leaf.sizes)
+        return layout.param_spec(leaf.names, leaf.sizes, n_stack_dims)
 
     return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
