@@ -116,9 +116,12 @@ def main():
         config = make_config(arguments)
         workdir = arguments.workdir or Path("runs") / config.name
         if arguments.compile_only:
-            from dsv3_jax.aot.run import Settings, run
+            from dsv3_jax.aot import tables
+            from dsv3_jax.aot.report import analyze
 
-            sys.exit(run(config, arguments.mesh, arguments.compile_only, Settings()))
+            report = analyze(config, arguments.mesh, arguments.compile_only)
+            tables.show(report)
+            sys.exit(not report["fits"])
         if arguments.processes > 1 or arguments.supervise:
             sys.exit(launch(arguments, workdir))
         mesh = start_devices(arguments.mesh, join(arguments))

@@ -43,3 +43,28 @@ def errors_told() -> Iterator[None]:
 def message(error: Exception) -> str:
     """The text of an error; `str` would put that of a KeyError in quotes."""
     return str(error.args[0] if isinstance(error, KeyError) else error)
+
+
+def table(title: str, header: list[str], rows: list[list[str]], n_text: int = 1):
+    """Return a `rich` table whose first `n_text` columns are text, the others numbers."""
+    import rich.box  # only commands that print tables pay for the import
+    import rich.table
+
+    grid = rich.table.Table(
+        title=title,
+        title_justify="left",
+        box=rich.box.SIMPLE,
+        show_header=any(header),
+        padding=0,
+    )
+    for number, name in enumerate(header):
+        is_text = number < n_text
+        grid.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=name == "mesh" or not is_text,
+            overflow="fold",
+        )
+    for row in rows:
+        grid.add_row(*row)
+    return grid

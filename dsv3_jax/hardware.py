@@ -8,6 +8,7 @@ GPU: NVIDIA's data sheets (half of the figures with sparsity); the DeepSeek-V3 r
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -164,3 +165,20 @@ def parse_topology(topology: str) -> tuple[Chip, int, tuple[int, ...]]:
         raise ValueError(f"topology {topology!r}: expected {dims} sizes, as in {family}:{example}")
     shape = tuple(int(size) for size in sizes.split("x"))
     return chip, math.prod(shape) * chip.devices_per_chip, shape
+
+
+def slice_shape(chip: Chip, n_devices: int) -> tuple[int, ...]:
+    """Return the shape of a slice of `n_devices`: near a cube or square, or hosts of 8 GPUs.
+
+    Raises:
+        ValueError: no slice has exactly so many devices.
+    """
+    unit = chip.devices_per_chip if chip.torus_axes else min(8, max(n_devices, 1))
+    if n_devices < 1 or n_devices % unit:
+        raise ValueError(f"{n_devices} devices of {chip.name}: they come in groups of {unit}")
+    count = n_devices // unit
+    if not chip.torus_axes:
+        return count, unit
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    sides = itertools.combinations_with_replacement(divisors, chip.torus_axes)
+    return min((box for box in sides if math.prod(box) == count), key=sum)

@@ -27,6 +27,8 @@ from sharding.ticks import FIELDS, Table
 PyTree = Any
 Gradients = dict[str, jax.Array]
 
+SCOPE = "pipeline_"  # starts the named scope of every part of a tick, for who reads the program
+
 
 class Parts(NamedTuple):
     """What a micro-batch passes through, forwards and backwards; closed over shared weights.
@@ -268,13 +270,13 @@ class _Tick(NamedTuple):
 
 def _loop(name: str, start, stop, body: Callable, carry):
     """`fori_loop` under the name that `turns` has for it."""
-    with jax.named_scope(f"pipeline_{name}"):
+    with jax.named_scope(SCOPE + name):
         return lax.fori_loop(start, stop, body, carry)
 
 
 def _branch(name: str, wanted: jax.Array, fn: Callable, *carry) -> tuple:
     """fn(*carry) if it is wanted, else the carry, under the name that `turns` has for it."""
-    with jax.named_scope(f"pipeline_{name}"):
+    with jax.named_scope(SCOPE + name):
         return lax.cond(wanted, fn, lambda *carry: carry, *carry)
 
 

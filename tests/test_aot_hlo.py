@@ -1,13 +1,13 @@
-"""The reading of scheduled HLO: shapes, loops and their trips, FLOPs, bytes."""
+"""The parser of scheduled HLO and the costs of its instructions: shapes, trips, FLOPs, bytes."""
 
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from reference.hlo_text import compiled, module_of, nested, one, walk
+from reference.hlo_text import compiled, module_of, nested, one, run_counts, simulate
 
-from dsv3_jax.aot import hlo, work
+from dsv3_jax.aot import hlo, op_cost
 
 # Shapes and lines
 
@@ -39,40 +39,40 @@ def test_a_kernel_call_may_span_lines_and_its_claim_does_not_count():
     backend_config={"cost_estimate":{"flops":"99"}}"""
     module, computation, kernel = one(text)
     assert len(computation.instructions) == 2 and kernel.operands == ("p", "p")
-    assert work.unknown_kernels(module) == ["rows"]
-    assert work.work(module, computation, kernel).flops == 0
+    assert op_cost.unknown_kernels(module) == ["rows"]
+    assert op_cost.op_cost(module, computation, kernel).flops == 0
     table = {"rows": lambda call, operands, results: 7.0}
-    assert work.work(module, computation, kernel, table).flops == 7
-    assert work.unknown_kernels(module, table) == []
+    assert op_cost.op_cost(module, computation, kernel, table).flops == 7
+    assert op_cost.unknown_kernels(module, table) == []
 
 
 def test_a_gpu_library_call_counts_its_product():
     text = """%a = f8e4m3fn[3,4,6] parameter(0)
     %b = f8e4m3fn[3,6,5] parameter(1)
     ROOT %gemm = (bf16[3,4,5], s8[99]) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"]}}}"""  # noqa: E501
-    assert work.work(*one(text))[:2] == (2 * 3 * 4 * 5 * 6,) * 2
+    assert op_cost.op_cost(*one(text))[:2] == (2 * 3 * 4 * 5 * 6,) * 2
 
 
 # Trips and FLOPs
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_nested_loops_multiply(told):
+@pytest.mark.parametrize("stated", [True, False])
+def test_nested_loops_multiply(stated):
     text = jax.jit(nested).lower(jnp.ones((16, 24)), jnp.ones((5, 24, 24))).compile().as_text()
-    if not told:
+    if not stated:
         text = re.sub(r'"known_\w+":\{[^}]*\},?', "", text)
     module = hlo.parse(text)
     known, unknown = hlo.trip_counts(module)
     assert sorted(known.values()) == [3, 5] and not unknown
-    assert max(hlo.runs(module, known).values()) == 15
-    schedule = walk(module)
-    assert schedule.work.flops == 15 * 2 * 16 * 24 * 24
-    counted = work.Work()
-    for name, times in hlo.runs(module, known).items():
+    assert max(run_counts(module, known).values()) == 15
+    simulation = simulate(module)
+    assert simulation.cost.flops == 15 * 2 * 16 * 24 * 24
+    counted = op_cost.OpCost()
+    for name, times in run_counts(module, known).items():
         computation = module.computations[name]
         for instruction in computation.instructions:
-            counted += work.work(module, computation, instruction).times(times)
-    assert counted == schedule.work
+            counted += op_cost.op_cost(module, computation, instruction).times(times)
+    assert counted == simulation.cost
 
 
 def test_loops_over_data_are_reported_not_invented():
@@ -81,10 +81,10 @@ def test_loops_over_data_are_reported_not_invented():
 
     module = compiled(rows, jnp.ones((8, 8)), jnp.int32(4))
     known, unknown = hlo.trip_counts(module)
-    assert not known and "test_tunnel_hlo.py" in unknown[0].source
+    assert not known and "test_aot_hlo.py" in unknown[0].source
     with pytest.raises(KeyError, match=unknown[0].name):
-        walk(module)
-    assert walk(module, {unknown[0].name: 2.5}).work.flops == 2.5 * 2 * 8**3
+        simulate(module)
+    assert simulate(module, {unknown[0].name: 2.5}).cost.flops == 2.5 * 2 * 8**3
 
 
 def test_a_limit_may_be_carried_by_the_loop():
@@ -129,7 +129,7 @@ def test_convolution_flops_skip_padding_and_holes(left, right, result, labels, w
     text = f"""%l = {left} parameter(0)
     %r = {right} parameter(1)
     ROOT %c = {result} convolution(%l, %r), window={{{window}}}, dim_labels={labels}"""
-    found = work.work(*one(text))
+    found = op_cost.op_cost(*one(text))
     assert (found.flops, found.fp8_flops) == (flops, flops if left.startswith("f8") else 0)
 
 
@@ -154,7 +154,7 @@ def test_bytes_of_instructions(line, n_bytes):
     %i = s32[] parameter(3)
     %t = (f32[8,10]{{1,0}}) tuple(%a)
     ROOT %out = f32[8,10]{{1,0}} {line}"""
-    assert work.work(*one(text)).hbm_bytes == n_bytes
+    assert op_cost.op_cost(*one(text)).hbm_bytes == n_bytes
 
 
 def test_a_fusion_counts_slices_in_place_updates_and_nothing_in_vmem():
@@ -172,4 +172,4 @@ def test_a_fusion_counts_slices_in_place_updates_and_nothing_in_vmem():
     %s = f32[5,10]{1,0} parameter(2)
     %i = s32[]{:S(6)} parameter(3)
     ROOT %f = f32[8,10]{1,0} fusion(%a, %u, %s, %i), kind=kLoop, calls=%inner"""
-    assert work.work(*one(text, others)).hbm_bytes == 2 * 4 * 10  # a slice read, a row written
+    assert op_cost.op_cost(*one(text, others)).hbm_bytes == 2 * 4 * 10  # slice read, row written

@@ -17,14 +17,15 @@ from pathlib import Path
 import pytest
 
 from configs import load_preset
+from sharding.expert_parallel import EXTRA_ROUNDS
 
 pytest.importorskip("libtpu")
 MODEL = load_preset("dsv3_671b").model
 SMALL = ("model.n_dense=0", "model.n_layers=3", "model.mtp_depth=0", "model.moe.n_experts=16")
 
 
-def tunnel(name: str, mesh: str, topology: str, *arguments: str) -> tuple[dict, str]:
-    """What the command reports, and the text of the scheduled program."""
+def report(name: str, mesh: str, topology: str, *arguments: str) -> tuple[dict, str]:
+    """Return what the command reports, and the text of the scheduled program."""
     with tempfile.TemporaryDirectory() as folder:
         given = [f"--config={name}", f"--mesh={mesh}", f"--topology={topology}", *arguments]
         command = [sys.executable, "-m", "dsv3_jax.aot", *given, "--json", f"--dump={folder}"]
@@ -37,7 +38,7 @@ def tunnel(name: str, mesh: str, topology: str, *arguments: str) -> tuple[dict, 
 @functools.cache
 def layers_on_16() -> tuple[dict, str]:
     settings = [f"--set={assignment}" for assignment in ("train.batch=16", *SMALL)]
-    return tunnel("dsv3_671b", "dp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
+    return report("dsv3_671b", "dp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
 
 
 def test_all_to_alls_are_asynchronous():
@@ -69,9 +70,11 @@ def test_no_device_holds_a_whole_table():
 
 
 def test_the_exchange_is_dropless():
-    """Further rounds are in the program, in both directions, and don't run under balance."""
+    """Extra rounds are in the program, forward and backward, and don't run under balance."""
     found, _ = layers_on_16()
-    rounds = [row for row in found["assumed_trips"] if "expert_parallel.py" in row["source"]]
+    loops = found["assumed_trips"]
+    rounds = [row for row in loops if EXTRA_ROUNDS in row["op_name"]]
+    assert rounds == [row for row in loops if "expert_parallel.py" in row["source"]]
     assert {"transpose(" in row["op_name"] for row in rounds} == {True, False}
     assert not any(row["trips"] for row in rounds)
 
@@ -93,7 +96,7 @@ def test_figures_of_16():
 )
 def test_671b_on_1024_devices(topology, gib, exposed, mfu):
     more = ("--set=train.batch=1024", "--stop-at=schedule")
-    found, _ = tunnel("dsv3_671b", "dp16,ep64", topology, *more)
+    found, _ = report("dsv3_671b", "dp16,ep64", topology, *more)
     assert found["fits"] and found["peak_bytes"] < gib * 2**30
     row = found["collectives"]["all-to-all"]
     assert row["count"] == row["asynchronous"]
@@ -106,7 +109,7 @@ def test_671b_on_1024_devices(topology, gib, exposed, mfu):
 def test_671b_at_128k_on_1024_devices():
     """32 sequences over 32 ranks each; what changes into heads comes on top of rows for experts."""
     arguments = ("dp16,ep64", "v5p:8x8x16", "--set=train.batch=32", "--stop-at=schedule")
-    found, _ = tunnel("dsv3_671b_long", *arguments)
+    found, _ = report("dsv3_671b_long", *arguments)
     assert found["fits"] and found["peak_bytes"] < 25 * 2**30 and not found["unknown_kernels"]
     row = found["collectives"]["all-to-all"]
     assert row["count"] == row["asynchronous"]
@@ -126,7 +129,7 @@ def test_bytes_between_nodes():
     settings = [f"--set={assignment}" for assignment in ("train.batch=64", *SMALL[:3])]
     ragged = ("--set=parallel.transport=ragged", "--set=model.moe.n_experts=64")
     arguments = ("dp1,ep8x8", "v5p:8x8x1", "--stop-at=schedule", *settings, *ragged)
-    found, _ = tunnel("dsv3_671b", *arguments)
+    found, _ = report("dsv3_671b", *arguments)
     moved = found["layers"]["forward"]["exchanged_bytes_per_token"]
     assert moved["node"] == pytest.approx(4 * 7168 * 3, rel=0.1)
     assert moved["rank"] == pytest.approx(8 * 7168 * 3, rel=0.1)
@@ -139,7 +142,7 @@ def test_a_batch_that_is_too_large():
     """24 sequences a chip: XLA says so, and it is a result."""
     sizes = ("train.batch=96", "model.n_layers=3", "model.n_dense=1", "model.moe.n_experts=32")
     settings = [f"--set={assignment}" for assignment in sizes]
-    found, _ = tunnel("dsv3_671b", "dp2,ep2", "v5p:2x2x1", *settings)
+    found, _ = report("dsv3_671b", "dp2,ep2", "v5p:2x2x1", *settings)
     assert not found["fits"] and "RESOURCE_EXHAUSTED" in found["out_of_memory"]
     assert found["peak_bytes"] > found["limit_bytes"] and len(found["buffers"]) == 10
     assert any(line.startswith("--set train.batch=48") for line in found["what_helps"])
@@ -148,7 +151,7 @@ def test_a_batch_that_is_too_large():
 @pytest.mark.slow
 def test_for_gpus():
     pytest.importorskip("jax_cuda13_plugin")
-    found, _ = tunnel("tiny", "dp2,ep4", "h100:1x8")
+    found, _ = report("tiny", "dp2,ep4", "h100:1x8")
     assert found["fits"] and found["complete"] and found["flops"] > 0
     row = found["collectives"]["all-to-all"]
     assert row["count"] == row["asynchronous"] > 0
@@ -159,7 +162,7 @@ def stages_on_16() -> tuple[dict, str]:
     """16 layers at full width in 4 stages, micro-batches enough for DualPipe."""
     changes = ("train.batch=32", "model.n_layers=8", *(s for s in SMALL if "n_layers" not in s))
     settings = [f"--set={assignment}" for assignment in changes]
-    return tunnel("dsv3_671b", "pp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
+    return report("dsv3_671b", "pp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
 
 
 @pytest.mark.slow
@@ -193,6 +196,6 @@ def test_time_of_a_step_in_stages():
     assert pipeline["schedule"] == "dualpipe" and sum(pipeline["stages"]) == 8
     assert found["predicted_step_seconds"] == pipeline["step_seconds"]
     assert 0 < pipeline["waiting_share"] < 0.6
-    turns, seconds = pipeline["turns_of_the_busiest_rank"], pipeline["seconds"]
-    assert turns.keys() == seconds.keys() == {"FB", "F", "B", "first", "last", "first_backward"}
-    assert pipeline["step_seconds"] > turns["FB"] * seconds["FB"]
+    trips, seconds = pipeline["trips_of_the_busiest_rank"], pipeline["seconds"]
+    assert trips.keys() == seconds.keys() == {"FB", "F", "B", "first", "last", "first_backward"}
+    assert pipeline["step_seconds"] > trips["FB"] * seconds["FB"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.aot import gpu
+from dsv3_jax.aot.compile import gpu_devices
 from dsv3_jax.numerics.kernels.fp8_gpu import grouped_scaled_matmul, scaled_matmul
 from dsv3_jax.numerics.quantize import BLOCK, TILE, QuantizedTensor, dequantize, quantize
 
@@ -67,7 +67,7 @@ def test_widths_that_differ_are_refused():
 def test_compiles_for_an_h100(transposed, tmp_path):
     """One kernel on the tensor cores, and no wide copy of a matrix."""
     pytest.importorskip("jax_cuda13_plugin")
-    here = jax.sharding.SingleDeviceSharding(gpu.devices(1, 1)[0])
+    here = jax.sharding.SingleDeviceSharding(gpu_devices(1, 1)[0])
 
     def given(*shape, dtype=jnp.float8_e4m3fn):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference.grouped import assert_close, grouped_products
 
-from dsv3_jax.aot import gpu
+from dsv3_jax.aot.compile import gpu_devices
 from dsv3_jax.numerics.kernels import gmm_gpu
 from dsv3_jax.numerics.kernels.gmm_gpu import gmm, tgmm
 
@@ -110,7 +110,7 @@ def test_widths_that_differ_are_refused():
 def test_compiles_for_an_h100(name, tmp_path):
     """One kernel on the tensor cores, no copy of a matrix, no product of XLA's beside it."""
     pytest.importorskip("jax_cuda13_plugin")
-    here = jax.sharding.SingleDeviceSharding(gpu.devices(1, 1)[0])
+    here = jax.sharding.SingleDeviceSharding(gpu_devices(1, 1)[0])
     n_rows, width, hidden, n_groups = 600, 256, 512, 3
 
     def given(*shape, dtype=jnp.bfloat16):

@@ -215,7 +215,7 @@ def test_idle_ranks_compute_nothing(name, sizes):
     table, mesh = table_of(make(name, 4, 8)), make_mesh(parse_mesh("pp4"), jax.devices()[:4])
     program = jax.jit(functools.partial(step, table, sizes, mesh))
     module = hlo.parse(program.lower(*numbers(), tokens(8)).compile(OPTIMIZED).as_text())
-    parts = pipeline.parts_of(module)
+    parts = pipeline.tick_parts(module)
     assert set(parts) == {part for part, n in turns(table, sizes).items() if n.any()}
     ends = ("first", "last", "first_backward")
     for part, instruction in parts.items():

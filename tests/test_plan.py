@@ -17,9 +17,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import load_preset
 from dsv3_jax import hardware
-from dsv3_jax.aot.links import Hosts, Torus, links_of, shape_of
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
+from dsv3_jax.interconnect import HostMesh, TorusMesh, lay_out
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.plan import __main__ as plan
@@ -128,9 +128,11 @@ def test_bytes_of_slices_and_heads():
     short = preset("dsv3_671b", "train.batch=1024")
     assert context_bytes(short, mesh) == 0
     chip, shape = V5P, (8, 8, 16)
-    links = links_of(chip, shape, mesh)
+    links = lay_out(chip, shape, mesh)
     more = speed(long, mesh, chip, shape).exchange - speed(short, mesh, chip, shape).exchange
-    assert more == pytest.approx(links.group(("rank",)).exchange(context_bytes(long, mesh)))
+    assert more == pytest.approx(
+        links.group(("rank",)).all_to_all_seconds(context_bytes(long, mesh))
+    )
 
 
 def busiest_link(n: int, closes: bool) -> float:
@@ -149,45 +151,49 @@ def busiest_link(n: int, closes: bool) -> float:
 
 @pytest.mark.parametrize("box, n, closes", [((8, 1, 1), 8, True), ((1, 1, 4), 4, False)])
 def test_all_to_all_on_a_torus(box, n, closes):
-    torus = Torus(V5P, (8, 8, 16), box)
-    seconds = torus.group(("node", "rank")).exchange(1e9)
+    torus = TorusMesh(V5P, (8, 8, 16), box)
+    seconds = torus.group(("node", "rank")).all_to_all_seconds(1e9)
     assert seconds == pytest.approx(busiest_link(n, closes) * 1e9 / V5P.ici_bandwidth)
 
 
 def test_gathers_on_a_torus():
     """Rings both ways round on every axis; replicas 4 apart get a quarter of the links."""
-    torus, link = Torus(V5P, (8, 8, 16), (8, 8, 1)), V5P.ici_bandwidth
-    assert torus.group(("dp", "node", "rank")).gather(1e9) == pytest.approx(1e9 / (6 * link))
-    assert torus.group(("node", "rank")).gather(1e9) == pytest.approx(1e9 / (4 * link))
-    assert torus.group(("dp",)).gather(1e9) == pytest.approx(1e9 / (2 * link))
-    apart = Torus(V5P, (8, 8, 16), (8, 8, 4))
-    assert apart.group(("dp",)).gather(1e9) == pytest.approx(4e9 / (2 * link))
+    torus, link = TorusMesh(V5P, (8, 8, 16), (8, 8, 1)), V5P.ici_bandwidth
+    assert torus.group(("dp", "node", "rank")).all_gather_seconds(1e9) == pytest.approx(
+        1e9 / (6 * link)
+    )
+    assert torus.group(("node", "rank")).all_gather_seconds(1e9) == pytest.approx(1e9 / (4 * link))
+    assert torus.group(("dp",)).all_gather_seconds(1e9) == pytest.approx(1e9 / (2 * link))
+    apart = TorusMesh(V5P, (8, 8, 16), (8, 8, 4))
+    assert apart.group(("dp",)).all_gather_seconds(1e9) == pytest.approx(4e9 / (2 * link))
     two = dataclasses.replace(torus, chip=hardware.TPU7X)  # devices that share a chip's links
-    assert two.group(("rank",)).gather(1e9) == pytest.approx(
+    assert two.group(("rank",)).all_gather_seconds(1e9) == pytest.approx(
         2e9 / (4 * hardware.TPU7X.ici_bandwidth)
     )
 
 
 def test_collectives_of_gpu_hosts():
     """What leaves a host goes over the network, the rest over NVLink, both at once."""
-    hosts = Hosts(hardware.H800, 8, MeshSpec(dp=4, ranks=16))
-    assert hosts.group(("node", "rank")).exchange(16e9) == pytest.approx(8e9 / 50e9)
-    assert hosts.group(("dp",)).gather(16e9) == pytest.approx(16e9 / 50e9)
-    assert hosts.group(("dp", "node", "rank")).gather(16e9) == pytest.approx(16e9 / 160e9)
-    inside = Hosts(hardware.H800, 8, MeshSpec(dp=8, ranks=8))
-    assert inside.group(("node", "rank")).exchange(8e9) == pytest.approx(7e9 / 160e9)
+    hosts = HostMesh(hardware.H800, 8, MeshSpec(dp=4, ranks=16))
+    assert hosts.group(("node", "rank")).all_to_all_seconds(16e9) == pytest.approx(8e9 / 50e9)
+    assert hosts.group(("dp",)).all_gather_seconds(16e9) == pytest.approx(16e9 / 50e9)
+    assert hosts.group(("dp", "node", "rank")).all_gather_seconds(16e9) == pytest.approx(
+        16e9 / 160e9
+    )
+    inside = HostMesh(hardware.H800, 8, MeshSpec(dp=8, ranks=8))
+    assert inside.group(("node", "rank")).all_to_all_seconds(8e9) == pytest.approx(7e9 / 160e9)
 
 
 def test_every_mesh_lies_on_its_slice():
     for name, n_devices in (("v5p", 1024), ("v6e", 96), ("tpu7x", 24), ("h100", 48)):
         chip = hardware.chip_named(name)
-        shape = shape_of(chip, n_devices)
+        shape = hardware.slice_shape(chip, n_devices)
         assert math.prod(shape) * (chip.devices_per_chip if chip.torus_axes else 1) == n_devices
         for mesh in plan.meshes(n_devices):
-            assert links_of(chip, shape, mesh).group(("rank",)).exchange(1.0) >= 0
-    assert shape_of(V5P, 1024) == (8, 8, 16)
+            assert lay_out(chip, shape, mesh).group(("rank",)).all_to_all_seconds(1.0) >= 0
+    assert hardware.slice_shape(V5P, 1024) == (8, 8, 16)
     with pytest.raises(ValueError, match="groups of 2"):
-        shape_of(hardware.TPU7X, 7)
+        hardware.slice_shape(hardware.TPU7X, 7)
 
 
 def test_meshes_that_fail_say_why():

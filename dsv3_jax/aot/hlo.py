@@ -1,11 +1,12 @@
-"""Scheduled HLO text as data: computations, instructions in their order, shapes, loops.
+"""A parser of scheduled HLO text: computations, instructions in their order, shapes, loops.
 
-XLA prints one instruction a line, in the order in which a device runs them:
+XLA prints one instruction per line, in the order in which a device runs them:
 
     %name = f32[16,24]{1,0:T(8,128)S(1)} opcode(%operand, ...), attribute=..., metadata={...}
 
 Braces behind a shape hold the layout: the order of dims, tiles `T`, the memory space `S` (none is
-HBM, 1 is VMEM). A kernel's call may go on over lines, so a line ends where its brackets close.
+HBM, 1 is VMEM). The call of a kernel may span lines, so an instruction ends where its brackets
+close.
 """
 
 import dataclasses
@@ -17,13 +18,14 @@ from typing import NamedTuple
 
 CALLS = ("calls", "body", "condition", "branch_computations", "called_computations")
 CALLS += ("true_computation", "false_computation")
-MOVES = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start")  # keep a scalar
-HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")  # of an instruction
+# Operations that do not change the value of a scalar:
+MOVES = ("copy", "bitcast", "convert", "reshape", "copy-done", "copy-start")
+HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")  # the start of an instruction
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: dtype as HLO names it, dims, and the text of its layout."""
+    """The shape of an array: dtype as HLO names it, dims, and the text of its layout."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -31,12 +33,12 @@ class Shape:
 
     @functools.cached_property
     def n_bytes(self) -> float:
-        """Bytes of the elements alone."""
+        """The bytes of the elements, without padding."""
         return math.prod(self.dims) * _bits(self.dtype) / 8
 
     @functools.cached_property
     def stored_bytes(self) -> float:
-        """Bytes in memory: the minor dims rounded up to tiles (bf16[8,112] takes 128 columns)."""
+        """The bytes in memory: minor dims are padded to tiles (bf16[8,112] takes 128 columns)."""
         order, _, tiles = self.layout.partition(":")
         tile = re.match(r"T\(([\d,]+)\)", tiles)
         if not tile or not order:
@@ -66,7 +68,7 @@ def _bits(dtype: str) -> int:
 
 @functools.cache
 def parse_shape(text: str) -> Shapes:
-    """The shape that `text` writes, e.g. "(f32[2,3]{1,0}, s32[])"."""
+    """Parse a shape, e.g. "(f32[2,3]{1,0}, s32[])"."""
     levels: list[list] = [[]]
     for token in re.finditer(r"[()]|(\w+)\[([^\]]*)\](?:\{([^}]*)\})?", text):
         if token[0] == "(":
@@ -81,13 +83,13 @@ def parse_shape(text: str) -> Shapes:
 
 
 def leaves(shape: Shapes) -> list[Shape]:
-    """The arrays of a shape, tuples flattened."""
+    """Return the arrays of a shape, tuples flattened."""
     return [shape] if isinstance(shape, Shape) else [a for part in shape for a in leaves(part)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `attributes` is the text behind the operands."""
+    """An instruction; `attributes` is the text behind the operands."""
 
     name: str
     opcode: str
@@ -98,18 +100,18 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The text of an attribute, without outer braces or quotes."""
+        """Return the text of an attribute without outer braces or quotes; None if absent."""
         found = _attribute(name).search(self.attributes)
         return next((part for part in found.groups() if part is not None), "") if found else None
 
     @property
     def op_name(self) -> str:
-        """The path that JAX gave it, e.g. "jit(step)/while/body/dot_general"."""
+        """The path of the JAX operation, e.g. "jit(step)/while/body/dot_general"."""
         return (self.attribute("op_name") or "").replace("\\'", "'")
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Computations that it runs; not the scalar functions that reductions apply."""
+        """The computations that it runs, without the scalar functions that reductions apply."""
         keys = (*CALLS, "to_apply") if self.opcode == "call" else CALLS
         texts = [text for key in keys if (text := self.attribute(key))]
         return tuple(n.strip().lstrip("%") for text in texts for n in text.split(","))
@@ -123,6 +125,8 @@ def _attribute(name: str) -> re.Pattern:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
+    """A computation: its instructions in the order of the schedule."""
+
     name: str
     instructions: tuple[Instruction, ...]
 
@@ -155,6 +159,8 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+    """A compiled program: its computations, the first to run, and the sources of its operations."""
+
     computations: dict[str, Computation]
     entry: str
     n_partitions: int
@@ -164,39 +170,48 @@ class Module:
         return [self.computations[name] for name in instruction.called]
 
     def source(self, instruction: Instruction) -> str:
-        """File and line of the innermost Python frame that is no library's, "" if XLA kept none."""
+        """Return file:line of the innermost Python frame outside of libraries; "" if unknown."""
         frame = instruction.attribute("stack_frame_id")
         if frame:
             return self.sources.get(int(frame), "")
         file, line = instruction.attribute("source_file"), instruction.attribute("source_line")
         return f"{file}:{line}" if file else ""
 
+    def body(self, loop: Instruction) -> Computation:
+        """Return the computation that a while instruction repeats."""
+        return self.computations[loop.attribute("body").lstrip("%")]
+
+    def instructions(self, *opcodes: str) -> Iterator[Instruction]:
+        """Yield the instructions with these opcodes in all computations."""
+        for computation in self.computations.values():
+            yield from (i for i in computation.instructions if i.opcode in opcodes)
+
     def find(self, name: str) -> Instruction | None:
-        """The instruction of that name in any computation."""
+        """Return the instruction called `name` in any computation."""
         found = (computation.by_name.get(name) for computation in self.computations.values())
         return next((instruction for instruction in found if instruction), None)
 
 
 def parse(text: str) -> Module:
-    """The module that a dump's `*after_optimizations.txt`, or `compiled.as_text()`, holds."""
+    """Parse the text of a dump's `*after_optimizations.txt`, or of `compiled.as_text()`."""
     text = re.sub(r"/\*index=\d+\*/", "", text)
     header = text.split("\n", 1)[0]
-    computations, entry, start = {}, "", None
+    computations, entry, name = {}, "", None
     for line in _statements(text):
-        if start is None and (opening := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)):
-            start, instructions = opening[2], []
-            entry = opening[2] if opening[1] else entry
-        elif start is not None and line.startswith("}"):
-            computations[start] = Computation(start, tuple(instructions))
-            start = None
-        elif start is not None and line.strip():
+        if name is None and (opening := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)):
+            name, instructions = opening[2], []
+            entry = name if opening[1] else entry
+        elif name is not None and line.startswith("}"):
+            computations[name] = Computation(name, tuple(instructions))
+            name = None
+        elif name is not None and line.strip():
             instructions.append(_instruction(line))
     partitions = re.search(r"num_partitions=(\d+)", header)
     return Module(computations, entry, int(partitions[1]) if partitions else 1, _sources(text))
 
 
 def _statements(text: str) -> Iterator[str]:
-    """Lines, those of one instruction joined."""
+    """Yield the lines of the text, with the lines of one instruction joined."""
     pending = ""
     for line in text.splitlines():
         if pending and (not _closed(pending) or (line[:1] == " " and not HEAD.match(line))):
@@ -222,7 +237,7 @@ def _closed(line: str) -> bool:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Return the index at which the bracket that opens at `start` closes."""
     depth = 0
     for bracket in re.finditer(r"[()]", text[start:]):
         depth += 1 if bracket[0] == "(" else -1
@@ -248,10 +263,10 @@ def _instruction(line: str) -> Instruction:
 
 
 def _sources(text: str) -> dict[int, str]:
-    """The tables that XLA prints before the computations: stack frame -> "file:line".
+    """Return "file:line" of each stack frame, from the tables that XLA prints first.
 
-    Frames of installed libraries have the place that called them. A frame is printed with the
-    number behind its caller's.
+    Frames in installed libraries get the line that called the library. XLA prints with a frame the
+    number of its caller plus one.
     """
     tables: dict[str, dict[int, str]] = {}
     for title in ("FileNames", "FileLocations", "StackFrames"):
@@ -262,51 +277,51 @@ def _sources(text: str) -> dict[int, str]:
     for number, row in tables["FileLocations"].items():
         file, line = re.search(r"file_name_id=(\d+).* line=(\d+)", row).groups()
         locations[number] = f"{tables['FileNames'][int(file)].strip(chr(34))}:{line}"
-    places: dict[int, str] = {}
+    sources: dict[int, str] = {}
     for number, row in tables["StackFrames"].items():
         location, parent = re.search(r"location_id=(\d+) parent_frame_id=(\d+)", row).groups()
-        place, caller = locations[int(location)], places.get(int(parent) - 1, "")
-        places[number] = caller if caller and "site-packages" in place else place
-    return places
+        source, caller = locations[int(location)], sources.get(int(parent) - 1, "")
+        sources[number] = caller if caller and "site-packages" in source else source
+    return sources
 
 
 class Loop(NamedTuple):
-    """A while instruction, and what helps to guess its trips where the text does not tell."""
+    """A while loop whose trip count the text does not state, and what helps to guess it."""
 
     name: str
     body: str
     op_name: str
     source: str
-    outer: str  # the computation that runs it
+    outer: str  # the computation that contains it
 
 
 def trip_counts(module: Module) -> tuple[dict[str, float], list[Loop]]:
-    """Trips of each loop whose bounds are constants, by its name, and the loops without."""
+    """Return trip counts by loop name where the bounds are constants, and the other loops."""
     known: dict[str, float] = {}
     unknown = []
-    for outer in module.computations.values():
-        for loop in outer.instructions:
-            if loop.opcode != "while":
-                continue
-            trips = _trip_count(module, outer, loop)
-            if trips is None:
-                body = loop.attribute("body").lstrip("%")
-                unknown.append(Loop(loop.name, body, loop.op_name, module.source(loop), outer.name))
-            else:
-                known[loop.name] = float(trips)
+    loops = ((c, i) for c in module.computations.values() for i in c.instructions)
+    for outer, loop in loops:
+        if loop.opcode != "while":
+            continue
+        trips = _trip_count(module, outer, loop)
+        if trips is not None:
+            known[loop.name] = float(trips)
+            continue
+        body, source = module.body(loop).name, module.source(loop)
+        unknown.append(Loop(loop.name, body, loop.op_name, source, outer.name))
     return known, unknown
 
 
 def _trip_count(module: Module, outer: Computation, loop: Instruction) -> int | None:
-    """From `known_trip_count`, or from a condition of the form `counter < limit`."""
-    told = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if told:
-        return int(told[1])
+    """Return the trips from `known_trip_count`, or from a condition `counter < limit`."""
+    stated = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if stated:
+        return int(stated[1])
     condition = module.computations[loop.attribute("condition").lstrip("%")]
-    body = module.computations[loop.attribute("body").lstrip("%")]
+    body = module.body(loop)
     test, operands = condition.root, condition.root.operands
     if test.opcode == "fusion":
-        test = module.inner(test)[0].root  # `counter < limit` alone: its parameters in order
+        test = module.inner(test)[0].root  # the comparison alone: its operands are the fusion's
     if test.opcode != "compare" or test.attribute("direction") not in ("LT", "LE"):
         return None
     counter = _element(condition, operands[0])
@@ -321,7 +336,8 @@ def _trip_count(module: Module, outer: Computation, loop: Instruction) -> int | 
     return max(0, -(-(limit + (test.attribute("direction") == "LE") - start) // step))
 
 
-def _followed(computation: Computation, name: str) -> Instruction:
+def _origin(computation: Computation, name: str) -> Instruction:
+    """Return the instruction whose value `name` is, behind copies and conversions."""
     instruction = computation.by_name[name]
     while instruction.opcode in MOVES and instruction.operands:
         instruction = computation.by_name[instruction.operands[0]]
@@ -329,19 +345,21 @@ def _followed(computation: Computation, name: str) -> Instruction:
 
 
 def _constant(computation: Computation, name: str) -> int | None:
-    found = _followed(computation, name)
+    """Return the value of an integer constant, else None."""
+    found = _origin(computation, name)
     integer = found.opcode == "constant" and re.fullmatch(r"-?\d+", found.literal)
     return int(found.literal) if integer else None
 
 
 def _element(computation: Computation, name: str) -> int | None:
-    """The number of the loop's variable that `name` is."""
-    found = _followed(computation, name)
+    """Return the index of the loop variable that `name` is, else None."""
+    found = _origin(computation, name)
     return int(found.attribute("index")) if found.opcode == "get-tuple-element" else None
 
 
 def _initial(outer: Computation, loop: Instruction, index: int | None) -> int | None:
-    start = _followed(outer, loop.operands[0])
+    """Return the constant with which a loop variable starts, else None."""
+    start = _origin(outer, loop.operands[0])
     if index is None or start.opcode != "tuple":
         return None
     return _constant(outer, start.operands[index])
@@ -350,7 +368,7 @@ def _initial(outer: Computation, loop: Instruction, index: int | None) -> int | 
 def _carried(
     outer: Computation, loop: Instruction, body: Computation, index: int | None
 ) -> int | None:
-    """The constant that a loop carries unchanged as its variable `index`."""
+    """Return the constant that a loop carries unchanged as variable `index`, else None."""
     if index is None or body.root.opcode != "tuple":
         return None
     unchanged = _element(body, body.root.operands[index]) == index
@@ -358,35 +376,11 @@ def _carried(
 
 
 def _step(module: Module, body: Computation, counter: int) -> int | None:
-    """What a trip adds to the counter; 1 where the body hides it in a larger fusion."""
+    """Return the increment of the counter; 1 where the body hides it in a larger fusion."""
     if body.root.opcode != "tuple":
         return 1
-    added = _followed(body, body.root.operands[counter])
+    added = _origin(body, body.root.operands[counter])
     inside = module.inner(added)[0].root if added.opcode == "fusion" else added
     if inside.opcode != "add" or len(added.operands) != 2:
         return 1
     return next((step for name in added.operands if (step := _constant(body, name))), 1)
-
-
-def runs(module: Module, trips: dict[str, float]) -> dict[str, float]:
-    """How often each scheduled computation runs a step.
-
-    Computations that are fused or called belong to their instruction and are left out; every
-    branch of a conditional counts as run.
-
-    Args:
-        trips: of every loop, by name; see `trip_counts`.
-    """
-    counts: dict[str, float] = {}
-
-    def visit(name: str, times: float):
-        counts[name] = counts.get(name, 0.0) + times
-        for instruction in module.computations[name].instructions:
-            if instruction.opcode == "while":
-                visit(instruction.attribute("body").lstrip("%"), times * trips[instruction.name])
-            elif instruction.opcode == "conditional":
-                for inner in instruction.called:
-                    visit(inner, times)
-
-    visit(module.entry, 1.0)
-    return counts

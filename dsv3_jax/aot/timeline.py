@@ -1,15 +1,15 @@
-"""A picture of walks through computations: what computes, what the link carries meanwhile."""
+"""A picture of simulated computations: compute above, the link and collectives in flight below."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dsv3_jax.aot.overlap import Event
+from dsv3_jax.aot.simulator import Event
 
-LANES = {"compute": 0.0, "link": 1.2, "flight": 2.2}  # heights; flights get a row each
+LANES = {"compute": 0.0, "link": 1.2, "in flight": 2.2}  # heights; in-flight bars get rows
 COLOURS = {
-    "product": "#2f6f9f",
+    "matmul": "#2f6f9f",
     "memory": "#93c2e0",
     "loop": "#6a8f6b",
     "wait": "#d9534f",
@@ -21,32 +21,33 @@ COLOURS = {
     "collective-permute": "#e377c2",
 }
 NAMES = {
-    "product": "compute: matrix products",
+    "matmul": "compute: matmuls",
     "memory": "compute: bound by HBM",
-    "loop": "compute: a loop inside",
+    "loop": "compute: an inner loop",
     "wait": "compute stands still",
 }
-ROW = 0.3  # of a flight
+ROW = 0.3  # height of an in-flight bar
 
 
 def draw(bodies: dict[str, list[Event]], path: Path, n_names: int = 12):
-    """Write a PNG of `overlap.Schedule.events` of some computations, by title, one below the other.
+    """Write a PNG of the events of simulated computations, one computation below the other.
 
     Args:
-        n_names: of the longest events get their name written on them.
+        bodies: `Simulation.events` by title.
+        n_names: how many of the longest events have their name written on them.
     """
     figure = Figure(figsize=(16, 4 * len(bodies)), layout="constrained")
     grid = figure.subplots(len(bodies), squeeze=False)[:, 0]
     for axes, (title, events) in zip(grid, bodies.items(), strict=True):
         axes.set_title(title)
-        _draw(axes, events, n_names)
+        _draw_events(axes, events, n_names)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def _draw(axes, events: list[Event], n_names: int):
+def _draw_events(axes, events: list[Event], n_names: int):
     unit, name = (1e3, "ms") if max((e.end for e in events), default=0) >= 2e-3 else (1e6, "µs")
-    rows = _rows([event for event in events if event.lane == "flight"])
+    rows = _rows([event for event in events if event.lane == "in flight"])
     for event in events:
         _bar(axes, event, unit, rows)
     _name_longest(axes, events, unit, n_names)
@@ -64,35 +65,35 @@ def _draw(axes, events: list[Event], n_names: int):
 
 
 def _bar(axes, event: Event, unit: float, rows: dict[Event, int]):
-    flight = event.lane == "flight"
+    in_flight = event.lane == "in flight"
     bottom = LANES[event.lane] + ROW * rows.get(event, 0)
     axes.broken_barh(
         [(event.start * unit, (event.end - event.start) * unit)],
-        (bottom, ROW * 0.7 if flight else 1.0),
+        (bottom, ROW * 0.7 if in_flight else 1.0),
         facecolor=COLOURS.get(event.kind, "#777777"),
-        edgecolor="white",  # flights often follow each other without a gap
-        alpha=0.5 if flight else 1.0,
-        linewidth=1.5 if flight else 0,
+        edgecolor="white",  # collectives in flight often follow each other without a gap
+        alpha=0.5 if in_flight else 1.0,
+        linewidth=1.5 if in_flight else 0,
     )
 
 
-def _rows(flights: list[Event]) -> dict[Event, int]:
-    """A row for each flight, so that those of the same time lie one below the other."""
-    free: list[float] = []  # when each row is
+def _rows(events: list[Event]) -> dict[Event, int]:
+    """Return a row for each event, such that events of one row do not overlap."""
+    ends: list[float] = []  # of each row's last event
     rows = {}
-    for flight in sorted(flights, key=lambda event: event.start):
-        row = next((i for i, end in enumerate(free) if end <= flight.start), len(free))
-        free[row : row + 1] = [flight.end]
-        rows[flight] = row
+    for event in sorted(events, key=lambda event: event.start):
+        row = next((i for i, end in enumerate(ends) if end <= event.start), len(ends))
+        ends[row : row + 1] = [event.end]
+        rows[event] = row
     return rows
 
 
 def _name_longest(axes, events: list[Event], unit: float, n_names: int):
-    """Names on the bars that are long enough to be read, upright so that they fit."""
-    named = [event for event in events if event.lane != "flight" and event.kind != "wait"]
-    whole = max((event.end for event in events), default=0.0)
+    """Write names on the bars that are long enough, upright so that they fit."""
+    named = [event for event in events if event.lane != "in flight" and event.kind != "wait"]
+    end = max((event.end for event in events), default=0.0)
     for event in sorted(named, key=lambda event: event.start - event.end)[:n_names]:
-        if event.end - event.start < whole / 150:
+        if event.end - event.start < end / 150:
             continue
         middle = (event.start + event.end) / 2 * unit
         height, label = LANES[event.lane] + 0.5, event.label[:24]

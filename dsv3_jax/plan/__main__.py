@@ -19,12 +19,11 @@ import json
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax.aot.links import shape_of
 from dsv3_jax.cli import add_settings, errors_told
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.flops import activated_parameters, training_flops_per_token
-from dsv3_jax.hardware import CHIPS, GIB, H800, Chip, chip_named, parse_topology
+from dsv3_jax.hardware import CHIPS, GIB, H800, Chip, chip_named, parse_topology, slice_shape
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.plan.memory import memory
@@ -77,7 +76,7 @@ def slice_of(arguments: argparse.Namespace, rows: int) -> tuple[Chip, int, tuple
         n_devices = arguments.devices
         if n_devices is None:
             n_devices = min(rows & -rows, 1024)  # the power of 2 in them
-        shape = shape_of(chip, n_devices)
+        shape = slice_shape(chip, n_devices)
     price = [f"dollars_per_hour={arguments.dollars_per_hour}"] * bool(arguments.dollars_per_hour)
     return override(chip, *arguments.figure, *price), n_devices, shape
 

@@ -4,10 +4,10 @@ import collections
 import functools
 from typing import NamedTuple
 
-from dsv3_jax.aot.links import Hosts, Torus, links_of
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.flops import activated_parameters, training_flops_per_token
 from dsv3_jax.hardware import Chip
+from dsv3_jax.interconnect import HostMesh, TorusMesh, lay_out
 from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import TILE
@@ -80,7 +80,7 @@ def context_bytes(config: Config, mesh: MeshSpec) -> float:
     return times * n_layers * tokens_a_device(config, mesh) * numbers * item
 
 
-def zero_seconds(config: Config, mesh: MeshSpec, links: Torus | Hosts) -> float:
+def zero_seconds(config: Config, mesh: MeshSpec, links: TorusMesh | HostMesh) -> float:
     """All-gathers of weights in the format of use, reduce-scatters of gradients in the stored one.
 
     ZeRO-1 gathers once; ZeRO-3 every layer, and again when remat repeats it. What is not divided
@@ -96,15 +96,17 @@ def zero_seconds(config: Config, mesh: MeshSpec, links: Torus | Hosts) -> float:
             moved[share.axes] += (1 - share.stored / share.used) * n_bytes
             away = 1 - 1 / mesh.size(*share.missing)
             moved[share.missing] += 2 * away * share.stored * master
-    return sum(links.group(axes).gather(n_bytes) for axes, n_bytes in moved.items() if n_bytes)
+    return sum(
+        links.group(axes).all_gather_seconds(n_bytes) for axes, n_bytes in moved.items() if n_bytes
+    )
 
 
-def head_seconds(config: Config, mesh: MeshSpec, links: Torus | Hosts) -> float:
+def head_seconds(config: Config, mesh: MeshSpec, links: TorusMesh | HostMesh) -> float:
     """Two walks a loss (main and MTP): the head comes past twice, its gradient goes back once."""
     model, policy = config.model, Policy.of(config.precision)
     n_bytes = (2 * policy.compute.itemsize + 4) * model.vocab_size * model.width
     moved = (1 + model.mtp_depth) * n_bytes * (1 - 1 / mesh.ep)
-    return links.group(("node", "rank")).gather(moved)
+    return links.group(("node", "rank")).all_gather_seconds(moved)
 
 
 def update_seconds(config: Config, mesh: MeshSpec, chip: Chip) -> float:
@@ -128,11 +130,11 @@ class Speed(NamedTuple):
 
 def speed(config: Config, mesh: MeshSpec, chip: Chip, shape: tuple[int, ...]) -> Speed:
     """Compute, update and the exposed communication one after the other, with balanced routing."""
-    links, train = links_of(chip, shape, mesh), config.train
+    links, train = lay_out(chip, shape, mesh), config.train
     useful, made = flops_per_token(config.model, train.seq_len, config.parallel.remat)
     compute = made * tokens_a_device(config, mesh) / (EFFICIENCY * chip.bf16_flops)
-    exchange = links.group(("node", "rank")).exchange(exchange_bytes(config, mesh))
-    exchange += links.group(("rank",)).exchange(context_bytes(config, mesh))
+    exchange = links.group(("node", "rank")).all_to_all_seconds(exchange_bytes(config, mesh))
+    exchange += links.group(("rank",)).all_to_all_seconds(context_bytes(config, mesh))
     zero = zero_seconds(config, mesh, links)
     head, update = head_seconds(config, mesh, links), update_seconds(config, mesh, chip)
     moved = exchange + zero + head

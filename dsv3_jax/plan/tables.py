@@ -3,7 +3,7 @@
 import rich.console
 import rich.table
 
-from dsv3_jax.aot.tables import table
+from dsv3_jax.cli import table
 from dsv3_jax.hardware import GIB
 
 COUNTS = {
@@ -43,7 +43,7 @@ def show(plan: dict):
     if plan["failed"]:
         rows = [[row["mesh"], row["reason"]] for row in plan["failed"]]
         title = f"What doesn't work with batch {plan['asked_batch']:,}"
-        console.print(table(title, ["mesh", "why"], rows, words=2))
+        console.print(table(title, ["mesh", "why"], rows, n_text=2))
     console.print(bill(plan))
     console.print(ASSUMPTIONS.format(**plan["assumptions"]))
 

@@ -1,6 +1,6 @@
-"""What `compile._compile` does, played back: each leaves what a real compiler left, and ends so.
+"""Stand-ins for `compile._compile` that play back what a real compiler left, and how it ended.
 
-Tests put one in its place; it runs in the other process, as the real one does.
+Tests put one in its place; it runs in the child process, as the real one does.
 """
 
 import json
@@ -62,7 +62,7 @@ ENTRY %main (p: f32[512,512], n: s32[]) -> f32[512,512] {
   %rounds = s32[] parameter(1)
   %zero = s32[] constant(0)
   %more = (s32[], s32[]) tuple(%zero, %rounds)
-  %further = (s32[], s32[]) while(%more), condition=%round.c, body=%round.b, metadata={op_name="jit(step)/jvp()/while" stack_frame_id=1}
+  %further = (s32[], s32[]) while(%more), condition=%round.c, body=%round.b, metadata={op_name="jit(step)/jvp()/extra_rounds/while" stack_frame_id=1}
   %stack = f32[3,512,512] broadcast(%zero), dimensions={}
   %begin = (s32[], f32[512,512], f32[3,512,512]) tuple(%zero, %p, %stack)
   %layers = (s32[], f32[512,512], f32[3,512,512]) while(%begin), condition=%layer.c, body=%layer.b, metadata={op_name="jit(step)/jvp()/while" stack_frame_id=2}
@@ -93,8 +93,8 @@ See https://openxla.org/xla/errors/error_1000 for more details."""
 def _leave(folder, temporaries: int, **result):
     """The texts, in the order in which libtpu writes them."""
     stem = folder / "module_0000.jit_step.cl_1.after_optimizations"
-    places = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]
-    (folder / "result.json").write_text(json.dumps({"places": places} | result))
+    positions = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]
+    (folder / "result.json").write_text(json.dumps({"positions": positions} | result))
     notes = folder / "module_0000.jit_step.cl_1.debug_options"
     notes.write_text("first")
     sizes = ASSIGNMENT.replace("ARGUMENTS", str(13 * GIB)).replace("TEMPORARIES", str(temporaries))
@@ -126,5 +126,5 @@ def exhausts(config, target, folder, options):
 
 
 def dies(config, target, folder, options):
-    (folder / "compiler.log").write_text("the last words\n")
+    (folder / "compiler.log").write_text("the last lines\n")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,9 +1,9 @@
-"""Modules of HLO for tests: from a few lines, or compiled; and a walk through one."""
+"""Modules of HLO for tests, from a few lines or compiled, and a simulation of one."""
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.aot import hlo, overlap
+from dsv3_jax.aot import hlo, simulator
 
 
 def module_of(entry: str, others: str = "") -> hlo.Module:
@@ -16,17 +16,17 @@ def module_of(entry: str, others: str = "") -> hlo.Module:
 
 
 def one(entry: str, others: str = "") -> tuple[hlo.Module, hlo.Computation, hlo.Instruction]:
-    """The last instruction of such a module, with what it stands in."""
+    """Return the last instruction of such a module, with its module and computation."""
     module = module_of(entry, others)
     computation = module.computations["main"]
     return module, computation, computation.instructions[-1]
 
 
-def walk(module: hlo.Module, trips=None, **machine) -> overlap.Schedule:
-    """On a machine of 1 FLOP/s, 1 byte/s of HBM and 1 byte/s of link, unless told otherwise."""
-    figures = dict(peak_flops=1.0, hbm_bandwidth=1.0, link_rate=lambda exchange: 1.0) | machine
+def simulate(module: hlo.Module, trips=None, **machine) -> simulator.Simulation:
+    """Run on a machine of 1 FLOP/s, 1 byte/s of HBM and 1 byte/s of link, unless given."""
+    figures = dict(peak_flops=1.0, hbm_bandwidth=1.0, link_rate=lambda _: 1.0) | machine
     known, _ = hlo.trip_counts(module)
-    return overlap.Walk(module, overlap.Machine(**figures), known | (trips or {})).step()
+    return simulator.Simulator(module, simulator.Machine(**figures), known | (trips or {})).step()
 
 
 def compiled(fn, *args) -> hlo.Module:
@@ -40,3 +40,23 @@ def nested(x, w):
         return jax.lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y @ w), x), None
 
     return jax.lax.scan(layer, x, w)[0]
+
+
+def run_counts(module: hlo.Module, trips: dict[str, float]) -> dict[str, float]:
+    """Return how often each scheduled computation runs per step; every branch counts as run.
+
+    Computations that are fused or called belong to their instruction and are left out.
+    """
+    counts: dict[str, float] = {}
+
+    def visit(name: str, times: float):
+        counts[name] = counts.get(name, 0.0) + times
+        for instruction in module.computations[name].instructions:
+            if instruction.opcode == "while":
+                visit(module.body(instruction).name, times * trips[instruction.name])
+            elif instruction.opcode == "conditional":
+                for inner in instruction.called:
+                    visit(inner, times)
+
+    visit(module.entry, 1.0)
+    return counts

@@ -1,13 +1,13 @@
-"""Walks through scheduled programs: collectives, what hides them, memory, a real TPU target."""
+"""Simulations of scheduled programs: collectives, what hides them, memory, a real TPU target."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from reference.hlo_text import compiled, module_of, nested, one, walk
+from reference.hlo_text import compiled, module_of, nested, one, simulate
 
-from dsv3_jax.aot import collectives, hlo, memory, overlap, timeline, work
+from dsv3_jax.aot import collectives, hlo, memory, op_cost, simulator, timeline
 
 # Collectives
 
@@ -54,20 +54,18 @@ def test_compiled_collectives():
 
     spec = P(("dp", "ep"))
     fn = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    exchanges = walk(compiled(fn, jnp.ones((128, 8)))).exchanges
+    found = simulate(compiled(fn, jnp.ones((128, 8)))).collectives
     size, sizes = 16 * 8 * 4, {"dp": 2, "ep": 4}
-    axes = {
-        e.collective.kind: collectives.mesh_axes(e.collective.members, sizes) for e in exchanges
-    }
+    axes = {e.collective.kind: collectives.mesh_axes(e.collective.members, sizes) for e in found}
     assert axes.pop("all-reduce") == ("dp",) and set(axes.values()) == {("ep",)}
-    assert {e.collective.kind: e.collective.payload for e in exchanges} == {
+    assert {e.collective.kind: e.collective.payload for e in found} == {
         "all-gather": 3 * size,
         "reduce-scatter": 3 * size,
         "all-reduce": 4 * size,
         "all-to-all": 3 / 4 * size,
         "collective-permute": size,
     }
-    assert not any(exchange.asynchronous for exchange in exchanges)
+    assert not any(timed.asynchronous for timed in found)
 
 
 STEP = """%{name} (g: f32[2]) -> {shape} {{
@@ -88,8 +86,8 @@ def test_an_async_fusion_is_one_collective():
     %part = f32[2] get-tuple-element(%begin), index=0
     %step = f32[8] fusion(%part), kind=kOutput, calls=%two
     ROOT %end = f32[8] fusion(%step), kind=kCustom, calls=%three"""
-    exchanges = walk(module_of(text, others)).exchanges
-    assert [(e.name, e.asynchronous, e.collective.payload) for e in exchanges] == [
+    found = simulate(module_of(text, others)).collectives
+    assert [(e.name, e.asynchronous, e.collective.payload) for e in found] == [
         ("begin", True, 8 * 4 * 3 / 4)
     ]
 
@@ -109,12 +107,12 @@ def test_a_sparse_core_call_starts_where_it_gets_operands():
     %busy = f32[8] negate(%p)
     %go = ((f32[8]), f32[2], (s32[4])) async-update(%load, %p)
     ROOT %end = f32[2] async-done(%go)"""
-    schedule = walk(module_of(text, others))
-    (exchange,) = schedule.exchanges
-    assert (exchange.name, exchange.collective.kind, exchange.asynchronous) == (
+    simulation = simulate(module_of(text, others))
+    (timed,) = simulation.collectives
+    assert (timed.name, timed.collective.kind, timed.asynchronous) == (
         "go", "reduce-scatter", True,
     )  # fmt: skip
-    assert schedule.makespan == 64 + exchange.collective.payload  # none of it beside %busy
+    assert simulation.makespan == 64 + timed.collective.payload  # none of it beside %busy
 
 
 def test_a_ragged_exchange_sends_the_smaller_side_and_a_cut_sum_is_a_scatter():
@@ -131,9 +129,9 @@ def test_a_ragged_exchange_sends_the_smaller_side_and_a_cut_sum_is_a_scatter():
 }"""
     text = """%p = f32[8] parameter(0)
     ROOT %f = f32[2] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1"""
-    (exchange,) = walk(module_of(text, others)).exchanges
-    assert exchange.collective.kind == "reduce-scatter" and not exchange.asynchronous
-    assert exchange.collective.payload == 8 * 4 * 3 / 4
+    (timed,) = simulate(module_of(text, others)).collectives
+    assert timed.collective.kind == "reduce-scatter" and not timed.asynchronous
+    assert timed.collective.payload == 8 * 4 * 3 / 4
 
 
 # Overlap: an array of 8 floats takes 64 s to negate and 24 s to gather from 4
@@ -161,32 +159,32 @@ def test_makespans(lines, makespan, exposed):
         "negate": "%n = f32[8] negate(%q)",
     }
     body = "\n".join(known[line] for line in lines.split(", "))
-    schedule = walk(module_of(f"%p = f32[2] parameter(0)\n%q = f32[8] parameter(1)\n{body}"))
-    assert (schedule.makespan, schedule.compute) == (makespan, 64)
-    assert schedule.exposed_share == exposed / schedule.communication
-    assert schedule.covered_share == 1 - schedule.exposed_share
-    kind = schedule.by_kind()["all-gather"]
+    simulation = simulate(module_of(f"%p = f32[2] parameter(0)\n%q = f32[8] parameter(1)\n{body}"))
+    assert (simulation.makespan, simulation.compute) == (makespan, 64)
+    assert simulation.exposed_share == exposed / simulation.communication
+    assert simulation.covered_share == 1 - simulation.exposed_share
+    kind = simulation.by_kind()["all-gather"]
     assert kind["count"] == lines.count("start") + lines.count("sync")
     assert kind["asynchronous"] == lines.count("start")
 
 
 def test_peak_efficiency_and_fp8():
-    machine = overlap.Machine(
+    machine = simulator.Machine(
         peak_flops=10.0,
         hbm_bandwidth=1.0,
         link_rate=lambda _: 1.0,
         efficiency=0.5,
         fp8_peak_flops=20.0,
     )
-    assert machine.seconds(work.Work(100.0, 40.0, 3.0)) == (6 + 2) / 0.5
-    assert machine.seconds(work.Work(1.0, 0.0, 3.0)) == 3
+    assert machine.seconds(op_cost.OpCost(100.0, 40.0, 3.0)) == (6 + 2) / 0.5
+    assert machine.seconds(op_cost.OpCost(1.0, 0.0, 3.0)) == 3
 
 
 def test_copies_run_beside_compute_and_conditionals_take_the_slowest_branch():
     copy = "%c = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%q)"
     text = f"%q = f32[8]{{0}} parameter(0)\n{copy}\n%n = f32[8]{{0}} negate(%q)\n"
     done = "%d = f32[8]{0:S(1)} copy-done(%c)"
-    assert walk(module_of(text + done)).makespan == 64  # the copy takes 32 of it
+    assert simulate(module_of(text + done)).makespan == 64  # the copy takes 32 of it
     others = "".join(
         f"%b{n} (x: f32[{n}]) -> f32[{n}] {{\n  %x = f32[{n}] parameter(0)\n"
         f"  ROOT %y{n} = f32[{n}] negate(%x)\n}}\n"
@@ -194,20 +192,20 @@ def test_copies_run_beside_compute_and_conditionals_take_the_slowest_branch():
     )
     text = """%i = s32[] parameter(0)
     ROOT %r = f32[4] conditional(%i, %i, %i), branch_computations={%b2, %b4}"""
-    assert walk(module_of(text, others)).makespan == 32
+    assert simulate(module_of(text, others)).makespan == 32
 
 
 def test_the_layer_and_its_picture(tmp_path):
     module = compiled(jax.grad(lambda x, w: nested(x, w).sum()), jnp.ones((16, 24)), jnp.ones((5, 24, 24)))  # fmt: skip  # noqa: E501
     trips, _ = hlo.trip_counts(module)
-    machine = overlap.Machine(peak_flops=1e9, hbm_bandwidth=1e9, link_rate=lambda _: 1e9)
-    walked = overlap.Walk(module, machine, trips)
-    bodies = walked.layer_bodies()
+    machine = simulator.Machine(peak_flops=1e9, hbm_bandwidth=1e9, link_rate=lambda _: 1e9)
+    simulated = simulator.Simulator(module, machine, trips)
+    bodies = simulated.layer_bodies()
     assert set(bodies) == {"forward", "backward"}
-    events = walked.computation(bodies["backward"]).events
+    events = simulated.computation(bodies["backward"]).events
     assert any(event.kind == "loop" for event in events)
     assert all(a.end <= b.start + 1e-15 for a, b in zip(events, events[1:], strict=False))
-    events = [*events, overlap.Event("flight", 0.0, 1e-5, "s", "all-gather", "all_gather")]
+    events = [*events, simulator.Event("in flight", 0.0, 1e-5, "s", "all-gather", "all_gather")]
     timeline.draw({"a layer": events, "nothing": []}, tmp_path / "layer.png")
     assert (tmp_path / "layer.png").stat().st_size > 5000
 
@@ -293,15 +291,15 @@ def test_a_program_for_real_tpus(tmp_path, monkeypatch):
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
     program = jax.jit(fn).lower(*args).compile(compiler_options=options)
     module = hlo.parse(memory.dumped(tmp_path, "after_optimizations.txt", near="shard").read_text())
-    schedule = walk(module)
-    assert schedule.work.flops == 3 * 2 * 256 * 512 * 512
-    assert schedule.by_kind()["all-gather"]["bytes"] == 3 * 512 * 512 * 2 * 3 / 4
-    assert schedule.by_kind()["all-to-all"]["count"] == 3
+    simulation = simulate(module)
+    assert simulation.cost.flops == 3 * 2 * 256 * 512 * 512
+    assert simulation.by_kind()["all-gather"]["bytes"] == 3 * 512 * 512 * 2 * 3 / 4
+    assert simulation.by_kind()["all-to-all"]["count"] == 3
     found = memory.allocations(
         memory.dumped(tmp_path, "buffer-assignment.txt", near="shard").read_text()
     )
-    told = program.memory_analysis()
-    assert found.arguments == told.argument_size_in_bytes
-    assert found.temporaries == pytest.approx(told.temp_size_in_bytes, rel=0.01)  # alignment
+    stated = program.memory_analysis()
+    assert found.arguments == stated.argument_size_in_bytes
+    assert found.temporaries == pytest.approx(stated.temp_size_in_bytes, rel=0.01)  # alignment
     live = memory.dumped(tmp_path, "live-range.txt", near="shard").read_text()
     assert memory.largest_buffers(module, live)[0].at_peak

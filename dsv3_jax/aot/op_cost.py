@@ -1,8 +1,8 @@
-"""What an instruction of a scheduled program costs a device: FLOPs, and bytes moved in HBM.
+"""The cost of an instruction of a scheduled program: FLOPs, and bytes moved in HBM.
 
-FLOPs are those of matrix products and convolutions, inside fusions too; all else is taken for
-free beside the bytes it moves. A custom kernel's are taken from a table: what it claims itself may
-count padding.
+Only matrix multiplications and convolutions have FLOPs, inside fusions too; all other arithmetic is
+free beside the bytes it moves. A custom kernel's FLOPs come from a table, as the number that a
+kernel declares may count padding.
 """
 
 import math
@@ -18,7 +18,7 @@ FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast while conditional after-all partition-id "
     "replica-id opt-barrier add-dependency domain async-update async-done copy-done".split()
 )
-MARKERS = {  # custom calls that are no kernels
+MARKERS = {  # custom calls that run no kernel
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
     "GatherScatterIndicesBitpacked",
@@ -28,63 +28,66 @@ MARKERS = {  # custom calls that are no kernels
     "ConcatBitcast",
 }
 
-Kernel = Callable[[Instruction, list[Shape], list[Shape]], float]  # call, operands, results
-Kernels = Mapping[str, Kernel]  # by target, or the name given to `pallas_call` -> FLOPs
+KernelFlops = Callable[[Instruction, list[Shape], list[Shape]], float]  # call, operands, results
+Kernels = Mapping[str, KernelFlops]  # by target, or the name given to `pallas_call`
 
 
 def _cublas(call: Instruction, operands: list[Shape], results: list[Shape]) -> float:
-    summed = re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)[1]
-    return _dot_flops(results[0], operands[0], [int(dim) for dim in re.findall(r"\d+", summed)])
+    """Return the FLOPs of a call of cuBLAS."""
+    contracted = re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)[1]
+    return _dot_flops(results[0], operands[0], [int(dim) for dim in re.findall(r"\d+", contracted)])
 
 
 KERNELS: Kernels = {f"__cublas${name}": _cublas for name in ("gemm", "lt$matmul", "lt$matmul$f8")}
 
 
-class Work(NamedTuple):
-    flops: float = 0.0  # of them all
-    fp8_flops: float = 0.0  # of products of two FP8 arrays
+class OpCost(NamedTuple):
+    """The cost of one or more operations on one device."""
+
+    flops: float = 0.0
+    fp8_flops: float = 0.0  # the part of `flops` that multiplies two FP8 arrays
     hbm_bytes: float = 0.0
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: "OpCost") -> "OpCost":
+        return OpCost(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def times(self, n: float) -> "Work":
-        return Work(*(n * part for part in self))
+    def times(self, n: float) -> "OpCost":
+        return OpCost(*(n * part for part in self))
 
 
-def work(
+def op_cost(
     module: Module,
     computation: Computation,
     instruction: Instruction,
     kernels: Kernels = KERNELS,
-) -> Work:
-    """The cost of running an instruction once, what it calls included; loops are not entered."""
+) -> OpCost:
+    """Return the cost of running an instruction once, callees included; loops are not entered."""
     if instruction.opcode in ("call", "async-start", "custom-call") and instruction.called:
         parts = [
-            work(module, inner, part, kernels)
+            op_cost(module, inner, part, kernels)
             for inner in module.inner(instruction)
             for part in inner.instructions
         ]
-        return sum(parts, Work())
-    return Work(
+        return sum(parts, OpCost())
+    return OpCost(
         *flops(module, computation, instruction, kernels),
         hbm_bytes(module, computation, instruction),
     )
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """What a custom call runs: for Pallas kernels the name given to `pallas_call`."""
+    """Return what a custom call runs: for Pallas kernels the name given to `pallas_call`."""
     target = instruction.attribute("custom_call_target") or ""
     if target != "tpu_custom_call":
         return target
-    named = re.search(r"(?:\w+\()*(\w+)\)*/pallas_call", instruction.op_name)  # in jvp(...)
+    named = re.search(r"(?:\w+\()*(\w+)\)*/pallas_call", instruction.op_name)  # or jvp(it)
     return named[1] if named else re.sub(r"\.\d+$", "", instruction.name)
 
 
 def flops(
     module: Module, computation: Computation, instruction: Instruction, kernels: Kernels
 ) -> tuple[float, float]:
-    """FLOPs of an instruction, and those of FP8 products among them."""
+    """Return the FLOPs of an instruction, and the part of them that multiplies FP8 arrays."""
     if instruction.opcode == "fusion":
         parts = [
             flops(module, inner, part, kernels)
@@ -95,28 +98,28 @@ def flops(
         return sum(part[0] for part in parts), sum(part[1] for part in parts)
     operands, results = computation.operand_leaves(instruction), leaves(instruction.shape)
     if instruction.opcode in ("dot", "ragged-dot"):
-        summed = instruction.attribute("lhs_contracting_dims") or ""
-        count = _dot_flops(results[0], operands[0], [int(d) for d in summed.split(",") if d])
+        contracted = instruction.attribute("lhs_contracting_dims") or ""
+        count = _dot_flops(results[0], operands[0], [int(d) for d in contracted.split(",") if d])
     elif instruction.opcode == "convolution":
         count = _convolution_flops(instruction, operands[0], operands[1], results[0])
     elif instruction.opcode == "custom-call" and kernel_name(instruction) in kernels:
         count = kernels[kernel_name(instruction)](instruction, operands, results)
     else:
         return 0.0, 0.0
-    narrow = all(shape.dtype.startswith("f8") for shape in operands[:2])
-    return count, count * narrow
+    in_fp8 = all(shape.dtype.startswith("f8") for shape in operands[:2])
+    return count, count * in_fp8
 
 
-def _dot_flops(result: Shape, left: Shape, summed: list[int]) -> float:
-    return 2.0 * math.prod(result.dims) * math.prod(left.dims[dim] for dim in summed)
+def _dot_flops(result: Shape, lhs: Shape, contracted: list[int]) -> float:
+    return 2.0 * math.prod(result.dims) * math.prod(lhs.dims[dim] for dim in contracted)
 
 
 def _convolution_flops(
     instruction: Instruction, left: Shape, kernel: Shape, result: Shape
 ) -> float:
-    """2 for each pair of an element and a kernel weight that meet; padding and holes are skipped.
+    """Return 2 per pair of an element and a kernel weight that meet, without padding and holes.
 
-    TPUs write every product as a convolution; a batch dim becomes a window over a dilated input.
+    On TPUs every matmul is a convolution; a batch dim becomes a window over a dilated input.
     """
     lhs, rhs, out = re.split(r"_|->", instruction.attribute("dim_labels"))
     window = _window(instruction, len(re.sub(r"\D", "", out)))
@@ -131,7 +134,7 @@ def _convolution_flops(
 
 
 def _window(instruction: Instruction, n_dims: int) -> list[tuple[int, ...]]:
-    """Size, stride, padding in front, and both dilations of every spatial dim."""
+    """Return size, stride, padding in front, and both dilations of every spatial dim."""
     text = instruction.attribute("window") or ""
     fields = dict(part.split("=") for part in text.split())
 
@@ -144,9 +147,10 @@ def _window(instruction: Instruction, n_dims: int) -> list[tuple[int, ...]]:
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes read and written in HBM; arrays in VMEM are free, and slices count as what they touch.
+    """Return the bytes read and written in HBM.
 
-    Operands count once, as if nothing was read twice; updates in place count what they replace.
+    Arrays in VMEM are free. A slice counts the bytes it touches, an update in place the bytes it
+    replaces. Each operand counts once, as if nothing was read twice.
     """
     opcode = instruction.opcode
     if opcode in FREE or kernel_name(instruction) in MARKERS:
@@ -184,7 +188,7 @@ def _total(shape) -> float:
 
 
 def _smaller(touched: float, shape) -> float:
-    """Bytes of `shape` touched, if it lies in HBM."""
+    """Return the bytes of `shape` that are touched if it lies in HBM."""
     return min(touched, _stored(leaves(shape)))
 
 
@@ -205,7 +209,7 @@ def _fusion_bytes(module: Module, computation: Computation, fusion: Instruction)
 
 
 def _read(module: Module, inner: Computation, name: str) -> float:
-    """Bytes of a fused computation's value that its users read."""
+    """Return the bytes of a value in a fused computation that its users read."""
     total = 0.0
     for user in inner.users.get(name, ()):
         first = user.operands[0] == name
@@ -213,9 +217,8 @@ def _read(module: Module, inner: Computation, name: str) -> float:
             total += _read(module, inner, user.name)
         elif user.opcode == "fusion":
             callee = module.inner(user)[0]
-            for number, operand in enumerate(user.operands):
-                if operand == name:
-                    total += _read(module, callee, callee.parameters[number].name)
+            numbers = [n for n, operand in enumerate(user.operands) if operand == name]
+            total += sum(_read(module, callee, callee.parameters[n].name) for n in numbers)
         elif user.opcode in ("slice", "dynamic-slice", "gather") and first:
             total += _total(user.shape)
         elif user.opcode in ("dynamic-update-slice", "scatter") and first:
@@ -226,7 +229,7 @@ def _read(module: Module, inner: Computation, name: str) -> float:
 
 
 def _written(module: Module, inner: Computation, value: Instruction) -> list[float]:
-    """Bytes that each result of a fused computation writes."""
+    """Return the bytes that each result of a fused computation writes."""
     if value.opcode == "tuple":
         names = value.operands
         return [part for name in names for part in _written(module, inner, inner.by_name[name])]
@@ -241,16 +244,11 @@ def _written(module: Module, inner: Computation, value: Instruction) -> list[flo
         n = len(value.operands) // 2
         return [2 * _total(inner.shape(name)) for name in value.operands[n + 1 :]]
     if value.opcode == "parameter":
-        return [0.0] * len(leaves(value.shape))  # handed through
+        return [0.0] * len(leaves(value.shape))  # passed through
     return [leaf.stored_bytes for leaf in leaves(value.shape)]
 
 
 def unknown_kernels(module: Module, kernels: Kernels = KERNELS) -> list[str]:
-    """Custom kernels that no table gives FLOPs for."""
-    calls = (
-        kernel_name(instruction)
-        for computation in module.computations.values()
-        for instruction in computation.instructions
-        if instruction.opcode == "custom-call" and not instruction.called
-    )
-    return sorted(set(calls) - MARKERS - set(kernels))
+    """Return the names of custom kernels that the table gives no FLOPs for."""
+    calls = {kernel_name(i) for i in module.instructions("custom-call") if not i.called}
+    return sorted(calls - MARKERS - set(kernels))

@@ -1,29 +1,29 @@
-"""Rates of exchanges on real meshes: groups as they lie there, by the planner's own rules."""
+"""Rates of collectives on real meshes: groups by their positions, as the planner lays them out."""
 
 import itertools
 
 import pytest
 
 from dsv3_jax import hardware
-from dsv3_jax.aot.collectives import Collective
-from dsv3_jax.aot.links import Line, OnHosts, OnTorus, Torus, group_at, rates
+from dsv3_jax.aot.collectives import Collective, link_rates
+from dsv3_jax.interconnect import HostGroup, Line, TorusGroup, TorusMesh, group_at
 
-LINK = hardware.V5P.ici_bandwidth
+H100, LINK = hardware.H100, hardware.V5P.ici_bandwidth
 
 
 def grid(*sizes: int) -> list[tuple[int, ...]]:
     return list(itertools.product(*map(range, sizes)))
 
 
-def rate(chip, shape, places, kind: str, members) -> float:
-    exchange = Collective(kind, "", 1.0, tuple(members))
-    return rates(chip, shape, places)(exchange)
+def rate(chip, shape, positions, kind: str, members) -> float:
+    collective = Collective(kind, "", 1.0, tuple(members))
+    return link_rates(chip, shape, positions)(collective)
 
 
 def test_groups_on_a_torus():
     """A plane, a line across planes, and every fourth chip of a line."""
     plane = group_at(hardware.V5P, (8, 8, 16), [(x, y, 5) for x, y in grid(8, 8)])
-    assert plane == OnTorus(hardware.V5P, (Line(8, 1, 8), Line(8, 1, 8)))
+    assert plane == TorusGroup(hardware.V5P, (Line(8, 1, 8), Line(8, 1, 8)))
     strided = group_at(hardware.V5P, (8, 8, 16), [(3, 3, z) for z in (2, 6, 10, 14)])
     assert strided.lines == (Line(4, 4, 16),)
     two_dims = group_at(hardware.V6E, (4, 4), [(x, 1, 0) for x in range(4)])
@@ -38,26 +38,26 @@ def test_a_real_mesh_is_timed_as_the_planner_would(name, box, ep, dp):
     """Boxes side by side, their devices chip after chip: both read the same lines off them."""
     chip, shape = hardware.CHIPS[name], (8, 8, 16) if name == "v5p" else (8, 8, 8)
     corners = [range(0, size, side) for size, side in zip(shape, box, strict=True)]
-    places = [
+    positions = [
         tuple(a + b for a, b in zip(corner, inside, strict=True))
         for corner in itertools.product(*corners)
         for inside in grid(*box)
         for _ in range(chip.devices_per_chip)
     ]
-    torus = Torus(chip, shape, box)
+    torus = TorusMesh(chip, shape, box)
     experts, replicas = range(ep), range(0, dp * ep, ep)
-    assert group_at(chip, shape, [places[i] for i in experts]) == torus.group(("node", "rank"))
-    assert group_at(chip, shape, [places[i] for i in replicas]) == torus.group(("dp",))
-    assert group_at(chip, shape, places) == torus.group(("dp", "node", "rank"))
+    assert group_at(chip, shape, [positions[i] for i in experts]) == torus.group(("node", "rank"))
+    assert group_at(chip, shape, [positions[i] for i in replicas]) == torus.group(("dp",))
+    assert group_at(chip, shape, positions) == torus.group(("dp", "node", "rank"))
 
 
 def test_rates_by_kind():
-    places = grid(8, 8, 16)
-    plane = [i for i, place in enumerate(places) if place[2] == 0]
-    line = [i for i, place in enumerate(places) if place[:2] == (0, 0)]
+    positions = grid(8, 8, 16)
+    plane = [i for i, at in enumerate(positions) if at[2] == 0]
+    line = [i for i, at in enumerate(positions) if at[:2] == (0, 0)]
 
     def of(kind, members):
-        return rate(hardware.V5P, (8, 8, 16), places, kind, members)
+        return rate(hardware.V5P, (8, 8, 16), positions, kind, members)
 
     # 64 devices: 1/64 of what each sends stays; 8/8 of a link's rate, by the longest ring
     assert of("all-to-all", plane) == pytest.approx(LINK * 63 / 64)
@@ -73,23 +73,23 @@ def test_rates_by_kind():
 
 
 def test_devices_of_a_chip_share_its_links():
-    places = [place for place in grid(4, 4, 4) for _ in range(2)]
+    positions = [at for at in grid(4, 4, 4) for _ in range(2)]
     one_each = range(0, 128, 2)
-    whole = rate(hardware.TPU7X, (4, 4, 4), places, "all-gather", range(128))
-    assert whole == rate(hardware.TPU7X, (4, 4, 4), places, "all-gather", one_each)
+    whole = rate(hardware.TPU7X, (4, 4, 4), positions, "all-gather", range(128))
+    assert whole == rate(hardware.TPU7X, (4, 4, 4), positions, "all-gather", one_each)
     assert whole == pytest.approx(6 * hardware.TPU7X.ici_bandwidth / 2)
-    assert rate(hardware.TPU7X, (4, 4, 4), places, "all-gather", (0, 1)) == float("inf")  # no link
+    assert rate(hardware.TPU7X, (4, 4, 4), positions, "all-gather", (0, 1)) == float("inf")
 
 
 def test_gpu_hosts():
-    places = [(host,) for host in range(4) for _ in range(8)]
-    hosts = group_at(hardware.H100, (4, 8), places[:16])
-    assert hosts == OnHosts(hardware.H100, 16, 8)
-    inside = rate(hardware.H100, (4, 8), places, "all-to-all", range(8))
-    assert inside == pytest.approx(hardware.H100.nvlink_bandwidth)
-    across = rate(hardware.H100, (4, 8), places, "all-to-all", range(0, 32, 8))
-    assert across == pytest.approx(hardware.H100.network_bandwidth)
-    assert rate(hardware.H100, (4, 8), places, "collective-permute", (0, 1)) == pytest.approx(450e9)
-    assert rate(hardware.H100, (4, 8), places, "collective-permute", (0, 8)) == pytest.approx(50e9)
-    both = rate(hardware.H100, (4, 8), places, "all-gather", range(32))  # each byte to a host once
+    positions = [(host,) for host in range(4) for _ in range(8)]
+    hosts = group_at(H100, (4, 8), positions[:16])
+    assert hosts == HostGroup(H100, 16, 8)
+    inside = rate(H100, (4, 8), positions, "all-to-all", range(8))
+    assert inside == pytest.approx(H100.nvlink_bandwidth)
+    across = rate(H100, (4, 8), positions, "all-to-all", range(0, 32, 8))
+    assert across == pytest.approx(H100.network_bandwidth)
+    assert rate(H100, (4, 8), positions, "collective-permute", (0, 1)) == pytest.approx(450e9)
+    assert rate(H100, (4, 8), positions, "collective-permute", (0, 8)) == pytest.approx(50e9)
+    both = rate(H100, (4, 8), positions, "all-gather", range(32))  # each byte to a host once
     assert both == pytest.approx(8 * 50e9)
