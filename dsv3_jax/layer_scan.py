@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from dsv3_jax.params import assemble, landed, landings, scatter
+from dsv3_jax.params import all_gather_params, grad_taps, grads_from_taps, reduce_scatter_grads
 from sharding.layout import Layout
 
 # What the backward of a layer finds in memory under remat="report"; norms, MLA up-projections, the
@@ -49,7 +49,7 @@ def scan(fn: Callable, layers: nnx.Module, carry, xs, *, layout: Layout, compute
 
     def body(carry, item):
         params, x = item
-        layer = nnx.merge(graphdef, assemble(params, layout, compute))
+        layer = nnx.merge(graphdef, all_gather_params(params, layout, compute))
         return fn(layer, carry, x)
 
     return lax.scan(kept_by(body, remat), carry, (state, xs), unroll=layout.unroll)
@@ -78,13 +78,13 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
         return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, place, keepdims=False), state)
 
     def gathered(shards):
-        return assemble(shards, layout, compute)
+        return all_gather_params(shards, layout, compute)
 
     def scattered(grads, like):
-        return scatter(grads, like, layout)
+        return reduce_scatter_grads(grads, like, layout)
 
-    def layer(weights, aside, slot, carry):
-        between = functools.partial(_between, scattered, aside, slot)
+    def layer(weights, aside, tap, carry):
+        between = functools.partial(_between, scattered, aside, tap)
         return fn(nnx.merge(graphdef, weights), carry, between)
 
     @jax.custom_vjp
@@ -94,9 +94,9 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
     def forward(state, carry):
         def body(carry_weights, index):
             carry, weights = carry_weights
-            coming, slot = gathered(stored(state, index + 1)), landings(stored(state, index))
-            d_after, slot = jax.tree.map(jnp.zeros_like, (landings(weights), slot))
-            inputs = (weights, (coming, d_after), slot)
+            coming, tap = gathered(stored(state, index + 1)), grad_taps(stored(state, index))
+            d_after, tap = jax.tree.map(jnp.zeros_like, (grad_taps(weights), tap))
+            inputs = (weights, (coming, d_after), tap)
             (carry, out), pull = jax.vjp(kept_by(layer, remat), *inputs, carry)
             return (carry, coming), (out, without(pull, inputs))
 
@@ -115,15 +115,15 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
 
         def body(parts, item):
             (d_carry, weights, d_after, total), (index, pull) = parts, item
-            coming, slot = gathered(stored(state, index - 1)), landings(stored(state, index))
+            coming, tap = gathered(stored(state, index - 1)), grad_taps(stored(state, index))
             d_out = jax.tree.map(functools.partial(_entry, index), d_outs)
-            pull = with_inputs(pull, (weights, (coming, d_after), slot))
+            pull = with_inputs(pull, (weights, (coming, d_after), tap))
             d_weights, _, d_shards, d_carry = pull((d_carry, d_out))
             total = put(total, index + 1, d_shards)
-            return (d_carry, coming, landings(d_weights), total), None
+            return (d_carry, coming, grad_taps(d_weights), total), None
 
         weights = gathered(stored(state, n_layers - 1))
-        zeros = jax.tree.map(jnp.zeros_like, (landings(weights), landings(state)))
+        zeros = jax.tree.map(jnp.zeros_like, (grad_taps(weights), grad_taps(state)))
         (d_carry, _, d_first, total), _ = lax.scan(
             body,
             (d_carry, weights, *zeros),
@@ -131,31 +131,31 @@ def scan_ahead(fn: Callable, layers: nnx.Module, carry, *, layout: Layout, compu
             reverse=True,
             unroll=layout.unroll,
         )
-        total = put(total, 0, scattered(d_first, landings(stored(state, 0))))
-        return landed(state, total), d_carry
+        total = put(total, 0, scattered(d_first, grad_taps(stored(state, 0))))
+        return grads_from_taps(state, total), d_carry
 
     run.defvjp(forward, backward)
     return run(state, carry)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _between(scattered, aside, slot, x):
+def _between(scattered, aside, tap, x):
     """`x`, but not before the weights of the next layer are there.
 
     From here on the backward scatters the gradients of the layer after, which are the second part
-    of `aside`; their shards come out as the gradient of `slot`.
+    of `aside`; their shards come out as the gradient of `tap`.
     """
     return lax.optimization_barrier((x, aside[0]))[0]
 
 
-def _between_forward(scattered, aside, slot, x):
-    return _between(scattered, aside, slot, x), (aside[1], slot)
+def _between_forward(scattered, aside, tap, x):
+    return _between(scattered, aside, tap, x), (aside[1], tap)
 
 
 def _between_backward(scattered, saved, grad):
-    d_after, slot = saved
+    d_after, tap = saved
     grad, d_after = lax.optimization_barrier((grad, d_after))
-    return None, scattered(d_after, slot), grad
+    return None, scattered(d_after, tap), grad
 
 
 _between.defvjp(_between_forward, _between_backward)

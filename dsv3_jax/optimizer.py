@@ -66,7 +66,7 @@ def make_optimizer(config: OptimizerConfig, policy: Policy) -> optax.GradientTra
 
 def _decayed(params: nnx.State):
     return jax.tree.map(
-        lambda variable: len(variable.sizes) > 1,
+        lambda variable: len(variable.global_shape) > 1,
         params,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )

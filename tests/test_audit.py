@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference.small_step import config_of, parameters, placed
 
-from dsv3_jax.params import specs
+from dsv3_jax.params import param_specs
 from dsv3_jax.training.audit import Copies, paces, slow_devices
 from sharding.mesh import named_sharding
 
@@ -16,7 +16,9 @@ def state():
     config = config_of()
     mesh, layout = placed("dp4,ep2", config)
     params, bias = parameters()
-    places = jax.tree.map(lambda spec: named_sharding(mesh, spec), specs((params, bias), layout))
+    places = jax.tree.map(
+        lambda spec: named_sharding(mesh, spec), param_specs((params, bias), layout)
+    )
     put = jax.tree.map(
         lambda place, part: jax.tree.map(lambda x: jax.device_put(x, place), part),
         places,
@@ -61,7 +63,7 @@ def test_two_copies_that_differ_leave_it_open_which_is_wrong(state):
     config = config_of()
     mesh, layout = placed("dp2", config)
     params, bias = parameters()
-    places = jax.tree.map(lambda spec: named_sharding(mesh, spec), specs(params, layout))
+    places = jax.tree.map(lambda spec: named_sharding(mesh, spec), param_specs(params, layout))
     put = jax.tree.map(
         lambda place, part: jax.tree.map(lambda x: jax.device_put(x, place), part), places, params
     )

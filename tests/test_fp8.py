@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from reference import fp8 as reference
 
-from dsv3_jax.numerics.fp8 import Fp8Weight, SavedInput, Slot, fp8_matmul, fp8_swiglu_matmul
+from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap, SavedInput, fp8_matmul, fp8_swiglu_matmul
 from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor, quantize
 
 # Codes are the same but where a float32 division lies on the other side of a tie; products are
@@ -21,7 +21,7 @@ SHAPES = [(40, 256, 384), (130, 200, 136), (7, 64, 40), (1, 128, 128)]
 
 def weight_of(w) -> Fp8Weight:
     w = jnp.asarray(w, jnp.float32)
-    return Fp8Weight(quantize(w, BLOCK), Slot(jnp.zeros_like(w)))
+    return Fp8Weight(quantize(w, BLOCK), GradTap(jnp.zeros_like(w)))
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def assert_close(got, want, tolerance: float = TOLERANCE):
 def run(save, x, w, grad, sizes=None):
     y, pull = jax.vjp(lambda x, w: fp8_matmul(save, x, w, sizes), x, w)
     d_x, d_w = pull(grad)
-    return y, d_x, d_w.slot.weight
+    return y, d_x, d_w.tap.weight
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_gated_product_keeps_its_input_and_computes_the_rest_again():
         @ reference.quantized(w, (128, 128)).T
     )
     turned = reference.quantized(x, (128, 1)), reference.quantized(grad, (128, 1))
-    assert_close(d_w.slot.weight, turned[0].T.astype(np.float64) @ turned[1])
+    assert_close(d_w.tap.weight, turned[0].T.astype(np.float64) @ turned[1])
     gate, up = np.split(kept.astype(np.float64), 2, axis=1)
     sigmoid = 1 / (1 + np.exp(-gate))
     d_gated = d_x * gates[:, None]

@@ -24,10 +24,17 @@ from dsv3_jax.config_cli import override
 from dsv3_jax.hardware import has_fp8_units
 from dsv3_jax.layer_scan import scan
 from dsv3_jax.model.block import MoEBlock
-from dsv3_jax.model.ffn import SwiGLU
+from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.numerics.fp8 import Fp8Weight, QuantStats
 from dsv3_jax.numerics.quantize import BLOCK, quantize
-from dsv3_jax.params import assemble, in_fp8, named_arrays, no_counts, of_parameters, specs
+from dsv3_jax.params import (
+    all_gather_params,
+    map_params,
+    named_arrays,
+    param_specs,
+    quantize_params,
+    zero_quant_stats,
+)
 from dsv3_jax.training.fp8_stats import CLASSES, make_fp8_stats, shares
 from dsv3_jax.training.plots import plot_fp8
 from dsv3_jax.training.step import loss_and_gradients
@@ -56,10 +63,12 @@ def test_codes_of_shares_are_those_of_the_whole(mesh_text, zero):
     graphdef, state = nnx.split(layer())
 
     def whole(state):
-        used = nnx.merge(graphdef, assemble(in_fp8(state, layout), layout, FLOAT32))
+        used = nnx.merge(
+            graphdef, all_gather_params(quantize_params(state, layout), layout, FLOAT32)
+        )
         return used.gate_up.kernel.get_value().quantized, used.down.kernel.get_value().quantized
 
-    got = jax.jit(manual_region(whole, mesh, (specs(state, layout),), REPLICATED))(state)
+    got = jax.jit(manual_region(whole, mesh, (param_specs(state, layout),), REPLICATED))(state)
     for codes, kernel in zip(got, (layer().gate_up.kernel, layer().down.kernel), strict=True):
         want = quantize(kernel[...], BLOCK)
         np.testing.assert_array_equal(
@@ -78,14 +87,16 @@ def one_layer(mesh_text: str, zero: int):
 
     def shard(state, x, d_y):
         def f(state):
-            used = assemble(in_fp8(state, layout), layout, FLOAT32)
+            used = all_gather_params(quantize_params(state, layout), layout, FLOAT32)
             return nnx.merge(graphdef, used)(x)
 
         y, pull = jax.vjp(f, state)
         grads = pull(d_y)[0]
-        return y, of_parameters(lambda g, p: layout.psum_replicated(g, p.names, p.sizes), grads)
+        return y, map_params(
+            lambda _, g, p: layout.psum_replicated(g, p.axes, p.global_shape), grads
+        )
 
-    stored = specs(state, layout)
+    stored = param_specs(state, layout)
     run = manual_region(shard, mesh, (stored, BATCH, BATCH), (BATCH, stored))
     y, grads = jax.jit(run)(state, x, d_y)
     return np.asarray(y), {path: np.asarray(g) for path, g in named_arrays(grads).items()}
@@ -173,8 +184,8 @@ def test_no_wide_copy_of_an_input_is_kept(remat):
     x = jnp.zeros((1, 24, WIDTH), jnp.bfloat16)
 
     def run(state, x):
-        prepared = in_fp8(state, layout)
-        blocks = nnx.merge(graphdef, assemble(prepared, layout, BFLOAT16))
+        prepared = quantize_params(state, layout)
+        blocks = nnx.merge(graphdef, all_gather_params(prepared, layout, BFLOAT16))
 
         def step(block, x, _):
             return block(x, jnp.arange(24)[None], layout)
@@ -243,7 +254,9 @@ def test_nan_stays_visible():
     x[0, 2, 7] = np.inf
 
     def f(state):
-        return nnx.merge(graphdef, assemble(in_fp8(state, Layout()), Layout(), FLOAT32))(x)
+        return nnx.merge(
+            graphdef, all_gather_params(quantize_params(state, Layout()), Layout(), FLOAT32)
+        )(x)
 
     y, pull = jax.vjp(f, state)
     assert np.isnan(y[0, 2]).all() and np.isfinite(np.delete(y[0], 2, axis=0)).all()
@@ -285,7 +298,7 @@ def test_chips_with_units_for_fp8():
 
 def test_no_counts_has_a_place_for_every_weight():
     _, state = nnx.split(layer())
-    zeros = named_arrays(no_counts(state))
+    zeros = named_arrays(zero_quant_stats(state))
     assert {x.shape for x in zeros.values()} == {(3, 4)}
 
 

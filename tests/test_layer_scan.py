@@ -11,7 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from reference.cases import assert_close
 
 from dsv3_jax.layer_scan import scan, scan_ahead, stack
-from dsv3_jax.params import Linear, specs
+from dsv3_jax.model.layers import Linear
+from dsv3_jax.params import param_specs
 from sharding.collectives import psum_data
 from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
@@ -45,7 +46,7 @@ def program(run, n: int, remat: str):
     spec = parse_mesh("dp2,ep4")
     layout = Layout(mesh=spec, zero=3)
     graphdef, params = nnx.split(layers(n))
-    stored = specs(params, layout)
+    stored = param_specs(params, layout)
 
     def shard(params, rows):
         def loss(params, rows):

@@ -31,10 +31,9 @@ from reference.cases import (
 
 from dsv3_jax.config import YarnConfig
 from dsv3_jax.model import mla, rope
-from dsv3_jax.model.ffn import SwiGLU
+from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE, router_stats
-from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.model.router import choose_experts, expert_counts, sequence_balance
 from dsv3_jax.numerics import attention
 from sharding.layout import Layout

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from configs import load_preset, preset_names
 from dsv3_jax.model.deepseek import abstract_model, count_parameters
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.params import specs
+from dsv3_jax.params import param_specs
 from dsv3_jax.training.state import parts_of
 from sharding.collectives import gather_steps
 from sharding.layout import MODEL_PARALLEL_AXES, Layout
@@ -58,7 +58,7 @@ def test_param_spec(preset, mesh):
     spec = parse_mesh(mesh)
     layout = Layout(mesh=spec)
     for path, variable in flat(parameters(preset)).items():
-        names, sizes = variable.names, variable.sizes
+        names, sizes = variable.axes, variable.global_shape
         assert len(names) == len(sizes), path
         stored = layout.param_spec(names, sizes)
         used = axes_of(stored)
@@ -75,14 +75,16 @@ def test_param_spec(preset, mesh):
 def test_specs_describe_the_stacked_arrays(preset, mesh):
     """The spec of an array: nothing over the stack of layers, then what one layer says."""
     layout = Layout(mesh=parse_mesh(mesh))
-    placed = flat(specs(parameters(preset), layout))
+    placed = flat(param_specs(parameters(preset), layout))
     variables = flat(parameters(preset))
     assert len(placed) == len(variables)
     for variable, spec in zip(variables.values(), placed.values(), strict=True):
-        stack = len(variable.shape) - len(variable.sizes)
-        assert stack in (0, 1) and tuple(variable.shape[stack:]) == variable.sizes
+        stack = len(variable.shape) - len(variable.global_shape)
+        assert stack in (0, 1) and tuple(variable.shape[stack:]) == variable.global_shape
         assert tuple(spec[:stack]) == (None,) * stack
-        assert PartitionSpec(*spec[stack:]) == layout.param_spec(variable.names, variable.sizes)
+        assert PartitionSpec(*spec[stack:]) == layout.param_spec(
+            variable.axes, variable.global_shape
+        )
 
 
 @pytest.mark.parametrize("mesh", ["dp16,ep64", "dp16,ep8x8"])
@@ -92,8 +94,8 @@ def test_671b_is_spread_evenly(mesh):
     layout = Layout(mesh=spec)
     total = share = 0
     for path, variable in flat(parameters("dsv3_671b")).items():
-        shards = spec.size(*axes_of(layout.param_spec(variable.names, variable.sizes)))
-        assert shards == (1024 if len(variable.sizes) > 1 else 1), path
+        shards = spec.size(*axes_of(layout.param_spec(variable.axes, variable.global_shape)))
+        assert shards == (1024 if len(variable.global_shape) > 1 else 1), path
         total += math.prod(variable.shape)
         share += math.prod(variable.shape) // shards
     counts = count_parameters(load_preset("dsv3_671b").model)

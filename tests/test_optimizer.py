@@ -81,8 +81,8 @@ def variables(seed: int, scale: float) -> nnx.State:
         {
             name: nnx.Param(
                 jnp.asarray(scale * rng.normal(size=(*stack.get(name, ()), *size)), jnp.float32),
-                names=("norm",) * len(size),
-                sizes=size,
+                axes=("norm",) * len(size),
+                global_shape=size,
             )
             for name, size in sizes.items()
         }

@@ -13,7 +13,7 @@ from reference.stages import batch_of, config_with, parameters, plain, run
 from dsv3_jax.config_cli import override
 from dsv3_jax.losses import Batch
 from dsv3_jax.mesh_checks import check_mesh
-from dsv3_jax.params import specs
+from dsv3_jax.params import param_specs
 from dsv3_jax.pipeline_plan import pipeline_of, stage_sizes
 from dsv3_jax.training.state import layout_of
 from sharding.mesh import parse_mesh
@@ -95,7 +95,9 @@ def test_parameters_lie_as_without_stages(mesh, flat):
     """So a checkpoint of the one is a checkpoint of the other."""
     config = config_of()
     params, _ = parameters(config)
-    stages, plain = (specs(params, layout_of(config, parse_mesh(text))) for text in (mesh, flat))
+    stages, plain = (
+        param_specs(params, layout_of(config, parse_mesh(text))) for text in (mesh, flat)
+    )
 
     def axes(spec):
         dims = [(dim,) if isinstance(dim, str) else tuple(dim or ()) for dim in spec]

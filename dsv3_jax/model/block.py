@@ -8,10 +8,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.ffn import SwiGLU
+from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE, Routed, RouterStats, router_stats
-from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.shapes import Array, Float, Int
 from sharding.layout import Layout
 

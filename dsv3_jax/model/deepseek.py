@@ -14,11 +14,11 @@ from flax import nnx
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.layer_scan import scan, scan_ahead, stack
 from dsv3_jax.model.block import DenseBlock, MoEBlock
+from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.moe import BalanceBias, RouterStats
 from dsv3_jax.model.mtp import MTP
-from dsv3_jax.model.norm import RMSNorm
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.params import weight
+from dsv3_jax.params import make_param
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding import context_parallel, vocab_parallel
 from sharding.layout import ONE_DEVICE, Layout
@@ -30,11 +30,13 @@ class DeepSeekV3(nnx.Module):
     def __init__(self, config: ModelConfig, policy: Policy, *, rngs: nnx.Rngs):
         self.config, self.policy = config, policy
         n_moe, table = config.n_layers - config.n_dense, (config.vocab_size, config.width)
-        self.embedding = weight(rngs, table, ("vocab", "embed_shard"), config.init_std, wide=True)
+        self.embedding = make_param(
+            rngs, table, ("vocab", "embed_shard"), config.init_std, keep_fp32=True
+        )
         self.dense = self._stack(DenseBlock, config.n_dense, rngs)
         self.moe = self._stack(MoEBlock, n_moe, rngs)
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = weight(rngs, table, ("vocab_shard", "embed"), config.init_std)
+        self.head = make_param(rngs, table, ("vocab_shard", "embed"), config.init_std)
         self.mtp = self._stack(MTP, config.mtp_depth, rngs)
 
     def _stack(self, layer: type[nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module | None:

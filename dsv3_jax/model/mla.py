@@ -25,11 +25,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import rope
-from dsv3_jax.model.norm import RMSNorm
+from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.numerics.attention import causal_attention
 from dsv3_jax.numerics.fp8 import SavedInput
 from dsv3_jax.numerics.matmul import dequantized
-from dsv3_jax.params import Linear
 from dsv3_jax.shapes import Array, Bool, Float, Int
 from sharding.context_parallel import gather_sequence, heads_to_seq, seq_to_heads
 from sharding.layout import ONE_DEVICE, Layout

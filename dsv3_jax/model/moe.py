@@ -14,11 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.ffn import SwiGLU
+from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.router import choose_experts, expert_counts, sequence_balance
 from dsv3_jax.numerics.fp8 import SavedInput
 from dsv3_jax.numerics.matmul import Groups, Weight, matmul, swiglu_matmul, undeferred
-from dsv3_jax.params import weight
+from dsv3_jax.params import make_param
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.context_parallel import psum_sequence
 from sharding.expert_parallel import DispatchConfig, expert_all_to_all, make_dispatch_config
@@ -73,11 +73,13 @@ class MoE(nnx.Module):
         m = self.config = config.moe
         std, width = config.init_std, config.width
         expert = ("expert", "embed", "mlp")
-        self.router = weight(rngs, (width, m.n_experts), ("embed", "router"), std, wide=True)
+        self.router = make_param(
+            rngs, (width, m.n_experts), ("embed", "router"), std, keep_fp32=True
+        )
         self.bias = BalanceBias(jnp.zeros(m.n_experts, jnp.float32))
         down = ("expert", "mlp", "embed")
-        self.gate_up = weight(rngs, (m.n_experts, width, 2 * m.hidden), expert, std, fp8=True)
-        self.down = weight(rngs, (m.n_experts, m.hidden, width), down, std, fp8=True)
+        self.gate_up = make_param(rngs, (m.n_experts, width, 2 * m.hidden), expert, std, fp8=True)
+        self.down = make_param(rngs, (m.n_experts, m.hidden, width), down, std, fp8=True)
         if m.n_redundant:
             self.redundant = Redundant(jnp.zeros(m.n_redundant, jnp.int32))
         if m.n_shared:

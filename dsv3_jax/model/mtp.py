@@ -12,9 +12,8 @@ from flax import nnx
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import MoEBlock
+from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.moe import RouterStats
-from dsv3_jax.model.norm import RMSNorm
-from dsv3_jax.params import Linear
 from dsv3_jax.shapes import Array, Float, Int
 from sharding.layout import Layout
 

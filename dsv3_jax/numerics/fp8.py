@@ -49,17 +49,18 @@ class Platform(str):
     """Of the devices: part of a pytree's structure, not of its leaves."""
 
 
-class Slot(NamedTuple):
-    """Never read; their gradients are that of a weight, and how its products were rounded."""
+class GradTap(NamedTuple):
+    """Zeros beside an FP8 weight that no matmul reads: their gradients are what a backward returns.
 
-    weight: Array  # [... D F]
-    counts: Array | None = (
-        None  # [... 3 4] on request: `QuantStats` of activations, gradients, codes
-    )
+    See `dsv3_jax/params.py` for why.
+    """
+
+    weight: Array  # [... D F]; its gradient is dW
+    stats: Array | None = None  # [... 3 4]; its gradient: `QuantStats` of x, dy and the weight
 
 
 class QuantStats(NamedTuple):
-    """How numbers became codes."""
+    """Counts, in float32, of how the numbers of an array were rounded to FP8."""
 
     all: Array
     underflow: Array  # not 0, but their code is
@@ -73,12 +74,12 @@ class Fp8Weight(NamedTuple):
     quantized: (
         QuantizedTensor | None
     )  # values [... D F], a scale a block of 128x128; None in gradients
-    slot: Slot | None = None
+    tap: GradTap | None = None
     platform: Platform = Platform("cpu")
 
     @property
-    def counted(self) -> bool:
-        return self.slot is not None and self.slot.counts is not None
+    def wants_stats(self) -> bool:
+        return self.tap is not None and self.tap.stats is not None
 
     def dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The weight itself."""
@@ -107,11 +108,11 @@ def fp8_matmul(
     save: SavedInput, x: Float[Array, "r D"], w: Fp8Weight, sizes: Int[Array, " e"] | None = None
 ) -> Float[Array, "r F"]:
     """x W; with `sizes`, rows of group i times `W[i]`, unspecified beyond the last group."""
-    return forward(save, x, w, sizes, w.slot is not None)[0]
+    return forward(save, x, w, sizes, w.tap is not None)[0]
 
 
 def _forward(save: SavedInput, x, w: Fp8Weight, sizes):
-    return forward(save, x, w, sizes, w.slot is not None)
+    return forward(save, x, w, sizes, w.tap is not None)
 
 
 def forward(save: SavedInput, x, w: Fp8Weight, sizes, training: bool):
@@ -119,14 +120,14 @@ def forward(save: SavedInput, x, w: Fp8Weight, sizes, training: bool):
     tiles = quantize(x, TILE, save.power_of_two and training)
     kept = lax.reduce_precision(x, 8, 6) if save.e5m6 else _named(tiles, save.name)
     tiles = tiles if save.e5m6 else kept
-    counts = _counts(x, tiles, sizes) if w.counted else None
-    return _times(tiles, w, sizes, x.dtype), (kept, w._replace(slot=None), sizes, counts)
+    counts = _counts(x, tiles, sizes) if w.wants_stats else None
+    return _times(tiles, w, sizes, x.dtype), (kept, w._replace(tap=None), sizes, counts)
 
 
 def _backward(save: SavedInput, saved, grad):
     w, sizes, counts = saved[1:]
     d_x, factors, tiles = backward(save, saved, grad)
-    return d_x, _at_slot(w, factors, counts, grad, tiles, sizes), None
+    return d_x, _at_tap(w, factors, counts, grad, tiles, sizes), None
 
 
 def backward(save: SavedInput, saved, grad):
@@ -157,15 +158,15 @@ def gated_forward(save: SavedInput, hidden, gates, w: Fp8Weight, sizes):
     tiles = (
         swiglu_quantize(hidden, gates, False) if on_tpu else quantize(swiglu(hidden, gates), TILE)
     )
-    counts = _counts(swiglu(hidden, gates), tiles, sizes) if w.counted else None
-    saved = (kept, gates, w._replace(slot=None), sizes, counts)
+    counts = _counts(swiglu(hidden, gates), tiles, sizes) if w.wants_stats else None
+    saved = (kept, gates, w._replace(tap=None), sizes, counts)
     return _times(tiles, w, sizes, hidden.dtype), saved
 
 
 def _gated_backward(save: SavedInput, saved, grad):
     w, sizes, counts = saved[2:]
     d_inputs, factors, tiles = gated_backward(saved, grad)
-    return *d_inputs, _at_slot(w, factors, counts, grad, tiles, sizes), None
+    return *d_inputs, _at_tap(w, factors, counts, grad, tiles, sizes), None
 
 
 def gated_backward(saved, grad):
@@ -213,11 +214,11 @@ def _gradients(x, grad, w: Fp8Weight, sizes, power_of_two: bool = False):
     return d_x, _factors(x, grad, sizes, power_of_two), tiles
 
 
-def _at_slot(w: Fp8Weight, factors: WgradOperands, counts, grad, tiles, sizes) -> Fp8Weight:
+def _at_tap(w: Fp8Weight, factors: WgradOperands, counts, grad, tiles, sizes) -> Fp8Weight:
     """The gradient of a weight, and where that is counted how numbers became codes."""
     if counts is not None:
         counts = jnp.stack([counts, _counts(grad, tiles, sizes), _counts(1, w.quantized, None)])
-    return w._replace(quantized=None, slot=Slot(wgrad(factors, w.platform), counts))
+    return w._replace(quantized=None, tap=GradTap(wgrad(factors, w.platform), counts))
 
 
 def _counts(x, codes: QuantizedTensor, sizes) -> Float32[Array, " 4"]:

@@ -69,13 +69,13 @@ def share_of(param: nnx.Variable, policy: Policy, layout: Layout, stacked: bool)
         used_bytes=used * dtype.itemsize,
         layers=param.shape[0] if stacked else 1,
         axes=tuple(axis for axis in split if axis not in kept),
-        missing=layout.replicated_axes(param.names, param.sizes),
+        missing=layout.replicated_axes(param.axes, param.global_shape),
     )
 
 
 def split_axes(param: nnx.Variable, layout: Layout) -> list[str]:
     """Mesh axes over which a parameter is divided between steps."""
-    entries = layout.param_spec(param.names, param.sizes)
+    entries = layout.param_spec(param.axes, param.global_shape)
     return [axis for entry in entries for axis in ([entry] if entry in AXES else entry or ())]
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.model.mla import Latents
-from dsv3_jax.params import specs
+from dsv3_jax.params import param_specs
 from dsv3_jax.serving.decode import Cache, Fp8Latents, Served, extend, prefill
 from dsv3_jax.serving.sampling import GREEDY, Sampling, choose_tokens
 from dsv3_jax.shapes import Bool, Int
@@ -56,7 +56,7 @@ class Generator:
         self.layout = Layout(mesh=mesh_spec(mesh), zero=0, capacity_factor=capacity)
         self._graphdef, state = nnx.split(Served(model))
         leaves, self._treedef = jax.tree.flatten(state)
-        self._specs = jax.tree.leaves(specs(state, self.layout))
+        self._specs = jax.tree.leaves(param_specs(state, self.layout))
         self._leaves = leaves  # flat, because every call flattens what it is given
 
     def __call__(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt32
 
 from dsv3_jax.checkpoint.integrity import fingerprint
-from dsv3_jax.params import of_parameters
+from dsv3_jax.params import map_params
 from dsv3_jax.shapes import Array
 from sharding.layout import MODEL_PARALLEL_AXES, Layout
 from sharding.mesh import ROW_PER_DEVICE, manual_region
@@ -48,7 +48,7 @@ class Copies:
 
         def shard(state, params) -> UInt32[Array, "device leaf"]:
             hashes = [fingerprint(x) for x in jax.tree.leaves(state)]
-            hashes += jax.tree.leaves(of_parameters(lambda x, p: _gathered(x, p, layout), params))
+            hashes += jax.tree.leaves(map_params(lambda _, x, p: _gathered(x, p, layout), params))
             return jnp.stack(hashes)[None]
 
         self._hashes = jax.jit(manual_region(shard, mesh, (stored, weights), ROW_PER_DEVICE))
@@ -75,9 +75,11 @@ def _gathered(x: Array, parameter: nnx.Param, layout: Layout) -> UInt32[Array, "
     """Fingerprint of a parameter as a device gathers it, a layer at a time."""
 
     def one(part: Array) -> UInt32[Array, ""]:
-        return fingerprint(layout.gather_param(part, parameter.names, parameter.sizes, part.dtype))
+        return fingerprint(
+            layout.gather_param(part, parameter.axes, parameter.global_shape, part.dtype)
+        )
 
-    stacked = x.ndim > len(parameter.names)
+    stacked = x.ndim > len(parameter.axes)
     return jax.lax.map(one, x).sum(dtype=jnp.uint32) if stacked else one(x)
 
 
@@ -88,7 +90,7 @@ def _places(array: jax.Array) -> dict[jax.Device, Hashable]:
 
 def _parts(parameter: nnx.Variable, mesh: Mesh) -> dict[jax.Device, Hashable]:
     """Which part of a parameter each device has once it is gathered."""
-    kept = any(name in MODEL_PARALLEL_AXES for name in parameter.names)
+    kept = any(name in MODEL_PARALLEL_AXES for name in parameter.axes)
     ranks = np.ndenumerate(mesh.devices)
     return {device: place[2:] if kept else None for place, device in ranks}
 

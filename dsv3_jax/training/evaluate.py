@@ -12,7 +12,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.losses import Batch, training_loss
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.params import specs
+from dsv3_jax.params import param_specs
 from dsv3_jax.shapes import Array, Int
 from dsv3_jax.training.state import parts_of
 from dsv3_jax.training.step import ready
@@ -76,4 +76,4 @@ def model_in_region(config: Config, layout: Layout) -> tuple[Callable, nnx.State
     def model_of(params, bias, counts=None):
         return nnx.merge(graphdef, ready(params, layout, policy, counts), bias)
 
-    return model_of, specs(params, layout)
+    return model_of, param_specs(params, layout)

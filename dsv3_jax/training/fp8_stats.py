@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.losses import Batch, training_loss
 from dsv3_jax.numerics.fp8 import QuantStats
-from dsv3_jax.params import named_arrays, no_counts
+from dsv3_jax.params import named_arrays, zero_quant_stats
 from dsv3_jax.training.evaluate import model_in_region
 from sharding.collectives import psum_data
 from sharding.layout import Layout
@@ -32,7 +32,7 @@ def make_fp8_stats(config: Config, mesh: Mesh, layout: Layout) -> Callable:
             how = (config.losses, config.losses.mtp_weight, layout, config.parallel.remat)
             return training_loss(model, batch, *how)[0].total
 
-        return psum_data(jax.grad(loss)(no_counts(params)))
+        return psum_data(jax.grad(loss)(zero_quant_stats(params)))
 
     return jax.jit(manual_region(shard, mesh, (stored, REPLICATED, BATCH), REPLICATED))
 

@@ -23,17 +23,18 @@ from dsv3_jax.layer_scan import kept_by, with_inputs, without
 from dsv3_jax.losses import Batch, inputs_of, losses_of, output_losses, target_counts
 from dsv3_jax.model.deepseek import abstract_model, positions_of
 from dsv3_jax.model.moe import RouterStats
-from dsv3_jax.numerics.fp8 import Fp8Weight, Slot
+from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.split_backward import Deferred, Name, Shapes, weight_gradient
 from dsv3_jax.params import (
-    assemble,
-    in_fp8,
-    landings,
+    all_gather_params,
+    grad_taps,
+    map_params,
     named_arrays,
-    specs,
-    to_stages,
-    with_landings,
+    param_specs,
+    quantize_params,
+    scatter_to_stages,
+    set_grad_taps,
 )
 from dsv3_jax.pipeline_plan import pipeline_of
 from dsv3_jax.training.state import parts_of
@@ -62,15 +63,15 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     _, params, *_ = parts_of(model)
     model.moe = None
     ends_graph, *_ = parts_of(model)
-    stored = specs(params, layout)
+    stored = param_specs(params, layout)
 
     def shard(params, bias, batch: Batch, weight, _):
-        in_use = in_fp8(params, layout) if policy.fp8 else params
-        stack = to_stages(nnx.State(in_use["moe"]), layout, policy.compute, places)
+        in_use = quantize_params(params, layout) if policy.fp8 else params
+        stack = scatter_to_stages(nnx.State(in_use["moe"]), layout, policy.compute, places)
         stage_bias = jax.tree.map(lambda x: own_layers(x, places), nnx.State(bias["moe"]))
         n_sequences = batch.tokens.shape[0] * layout.mesh.n_data_shards // layout.context
         counts = target_counts(batch, config.model.mtp_depth, layout)
-        weights = assemble(without_layers(in_use), layout, policy.compute)
+        weights = all_gather_params(without_layers(in_use), layout, policy.compute)
         ends = _Ends(
             config, layout, ends_graph, weights, without_layers(bias), counts, n_sequences, weight
         )
@@ -89,7 +90,7 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
         found = run(pipeline.table, pipeline.sizes, parts, (stack, stage_bias), micros)
 
         def home(path: str, x: jax.Array, variable: nnx.Param) -> jax.Array:
-            about = (variable.names, variable.sizes)
+            about = (variable.axes, variable.global_shape)
             part, _, inner = path.partition(".")
             if part == "moe":
                 grad = layout.gather_from_stages(found.gradients[inner], x, *about, places)
@@ -100,7 +101,7 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
         main, mtp, end_stats = psum_all(found.seen_last[:2]) + found.seen_last[2:]
         stats = _of_all(found.seen, end_stats, places, n_layers)
         losses = losses_of(main, mtp, stats.balance.sum(), n_sequences, config.losses, weight)
-        return losses, stats, _by_path(home, params)
+        return losses, stats, map_params(home, params)
 
     return manual_region(
         shard,
@@ -127,32 +128,32 @@ class _Ends(NamedTuple):
     n_sequences: int  # of the global batch
     mtp_weight: jax.Array
 
-    def _model(self, slots: nnx.State):
-        return nnx.merge(self.graph, with_landings(self.weights, slots), self.bias)
+    def _model(self, taps: nnx.State):
+        return nnx.merge(self.graph, set_grad_taps(self.weights, taps), self.bias)
 
-    def _prefix(self, slots: nnx.State, micro: Batch):
+    def _prefix(self, taps: nnx.State, micro: Batch):
         tokens, doc_start = inputs_of(micro, self.config.model.mtp_depth)
-        return self._model(slots).prefix(tokens, self.layout, self.config.parallel.remat, doc_start)
+        return self._model(taps).prefix(tokens, self.layout, self.config.parallel.remat, doc_start)
 
-    def _total(self, slots: nnx.State, x: jax.Array, micro: Batch):
+    def _total(self, taps: nnx.State, x: jax.Array, micro: Batch):
         """A micro-batch's part of the weighted sum of all losses; and losses and statistics."""
-        model, how = self._model(slots), (self.layout, self.config.parallel.remat)
+        model, how = self._model(taps), (self.layout, self.config.parallel.remat)
         main, mtp, stats = output_losses(model, model.norm(x), micro, self.counts, *how)
         balance = jnp.zeros(()) if stats is None else stats.balance.sum()
         weights = (self.config.losses, self.mtp_weight)
         return losses_of(main, mtp, balance, self.n_sequences, *weights).total, (main, mtp, stats)
 
     def first(self, micro: Batch) -> jax.Array:
-        return self._prefix(landings(self.weights), micro)
+        return self._prefix(grad_taps(self.weights), micro)
 
     def first_backward(self, d_x: jax.Array, micro: Batch) -> Gradients:
-        _, pull = jax.vjp(lambda slots: self._prefix(slots, micro), landings(self.weights))
+        _, pull = jax.vjp(lambda taps: self._prefix(taps, micro), grad_taps(self.weights))
         return _named(pull(d_x)[0])
 
     def last(self, x: jax.Array, micro: Batch):
         gradient = jax.grad(self._total, (0, 1), has_aux=True)
-        (d_slots, d_x), seen = gradient(landings(self.weights), x, micro)
-        return d_x, _named(d_slots), seen
+        (d_taps, d_x), seen = gradient(grad_taps(self.weights), x, micro)
+        return d_x, _named(d_taps), seen
 
 
 class _Layer:
@@ -172,38 +173,38 @@ class _Layer:
         self.run = kept_by(self._run, config.parallel.remat)
         self.pull = None  # the structure of a layer's backward, without what it has kept
 
-    def _run(self, weights, slots, factors, x, doc_start=None):
-        """((y, balance loss), what was seen); slots and factors are there for their gradients."""
+    def _run(self, weights, taps, factors, x, doc_start=None):
+        """((y, balance loss), what was seen); taps and factors are there for their gradients."""
         params, bias = weights
 
         def ready(path: str, value, variable: nnx.Param):
             if not variable.fp8:
                 return value
-            if isinstance(value, Fp8Weight) and path in slots:
-                value = value._replace(slot=Slot(slots[path]))
+            if isinstance(value, Fp8Weight) and path in taps:
+                value = value._replace(tap=GradTap(taps[path]))
             shapes = isinstance(factors, Shapes)
             return Deferred(value, Name(path), factors if shapes else factors[path])
 
-        block = nnx.merge(self.graph, _by_path(ready, params), bias)
+        block = nnx.merge(self.graph, map_params(ready, params), bias)
         positions = positions_of(jnp.zeros(x.shape[:2], jnp.int32), self.layout)
         y, stats = block(x, positions, self.layout, doc_start)
         return (y, stats.balance), stats
 
     def _inputs(self, weights, x):
-        """What `_run` gets besides x: weights, slots, and zeros for factors."""
-        slots = {
+        """What `_run` gets besides x: weights, taps, and zeros for factors."""
+        taps = {
             path: jnp.zeros(value.quantized.values.shape, jnp.float32)
             for path, value in named_arrays(weights[0]).items()
             if isinstance(value, Fp8Weight) and self._has_more_rounds(weights[0], path)
         }
         shapes = Shapes()
-        jax.eval_shape(lambda w, s, x: self._run(w, s, shapes, x), weights, slots, x)
+        jax.eval_shape(lambda w, s, x: self._run(w, s, shapes, x), weights, taps, x)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(shapes))
-        return weights, slots, zeros
+        return weights, taps, zeros
 
     def _has_more_rounds(self, params, path: str) -> bool:
         variable = dict(_variables(params))[path]
-        return "expert" in variable.names and self.layout.mesh.ep > 1
+        return "expert" in variable.axes and self.layout.mesh.ep > 1
 
     def forward(self, weights, x, micro: Batch):
         inputs, doc_start = self._inputs(weights, x), inputs_of(micro, self.mtp_depth)[1]
@@ -215,13 +216,13 @@ class _Layer:
     def backward(self, weights, kept, d_y):
         inputs = self._inputs(weights, d_y)
         pull = with_inputs(self.pull.unflatten(kept), inputs)
-        d_weights, d_slots, factors, d_x = pull((d_y, jnp.float32(self.d_balance)))
+        d_weights, d_taps, factors, d_x = pull((d_y, jnp.float32(self.d_balance)))
         grads = {
             path: grad
             for path, grad in named_arrays(d_weights[0]).items()
             if path not in factors or self._has_more_rounds(weights[0], path)
         }
-        return d_x, grads | d_slots, factors
+        return d_x, grads | d_taps, factors
 
     def late(self, factors) -> Gradients:
         platform = self.layout.mesh.platform
@@ -232,20 +233,11 @@ def _variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
     return [(".".join(path), variable) for path, variable in nnx.to_flat_state(state)]
 
 
-def _by_path(fn: Callable, state: nnx.State) -> nnx.State:
-    """fn(dotted path, value, variable) of every parameter."""
-    flat = [
-        (path, variable.replace(fn(".".join(path), variable.get_value(), variable)))
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.from_flat_state(flat)
-
-
-def _named(slots: nnx.State) -> Gradients:
-    """Gradients of `landings` by dotted path."""
+def _named(taps: nnx.State) -> Gradients:
+    """Gradients of `grad_taps` by dotted path."""
     return {
-        path: grad.weight if isinstance(grad, Slot) else grad
-        for path, grad in named_arrays(slots).items()
+        path: grad.weight if isinstance(grad, GradTap) else grad
+        for path, grad in named_arrays(taps).items()
     }
 
 

@@ -13,7 +13,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.model.moe import BalanceBias, Redundant
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.params import named_arrays, specs
+from dsv3_jax.params import named_arrays, param_specs
 from dsv3_jax.progress import byte_bar
 from dsv3_jax.weights.sources import Source, filled
 from sharding.layout import Layout
@@ -86,7 +86,7 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, types and placements of the state, without its numbers."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
-    placements = jax.tree.map(lambda spec: named_sharding(mesh, spec), specs(shapes, layout))
+    placements = jax.tree.map(lambda spec: named_sharding(mesh, spec), param_specs(shapes, layout))
 
     def place(sharding, subtree):
         return jax.tree.map(

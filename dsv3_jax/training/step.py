@@ -24,7 +24,7 @@ from dsv3_jax.optimizer import (
     moved_bias,
     mtp_weight,
 )
-from dsv3_jax.params import assemble, in_fp8, of_parameters, specs
+from dsv3_jax.params import all_gather_params, map_params, param_specs, quantize_params
 from dsv3_jax.schedules import BatchSizes
 from dsv3_jax.shapes import Array, Float32, Int
 from dsv3_jax.training.batches import abstract_batch
@@ -53,15 +53,15 @@ def ready(
 ) -> nnx.State:
     """What is done once a step, before the first layer: weights to FP8, if the policy says so.
 
-    And gathered: all under ZeRO-1, else all that is not stacked. `counts` as in `in_fp8`.
+    And gathered: all under ZeRO-1, else all that is not stacked. `counts` as in `quantize_params`.
     """
     if policy.fp8:
-        params = in_fp8(params, layout, counts)
+        params = quantize_params(params, layout, counts)
     if layout.zero == 1:
-        return assemble(params, layout, policy.compute)
+        return all_gather_params(params, layout, policy.compute)
     model_level = {"embedding", "head", "norm"}
     early = {name: part for name, part in params.items() if name in model_level}
-    return nnx.State({**params, **assemble(nnx.State(early), layout, policy.compute)})
+    return nnx.State({**params, **all_gather_params(nnx.State(early), layout, policy.compute)})
 
 
 def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
@@ -74,7 +74,7 @@ def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout
         return pipelined(config, mesh, layout)
     policy = Policy.of(config.precision)
     graphdef, params, _, redundant = parts_of(abstract_model(config.model, policy))
-    stored = specs(params, layout)
+    stored = param_specs(params, layout)
 
     def shard(params, bias, batch, weight, extra):
         places = by_layer(redundant, extra)
@@ -86,7 +86,7 @@ def loss_and_gradients(config: Config, mesh: Mesh | AbstractMesh, layout: Layout
             return losses.total, (losses, stats)
 
         grads, (losses, stats) = jax.grad(loss_fn, has_aux=True)(params)
-        grads = of_parameters(lambda x, p: layout.psum_replicated(x, p.names, p.sizes), grads)
+        grads = map_params(lambda _, x, p: layout.psum_replicated(x, p.axes, p.global_shape), grads)
         return psum_data(losses), summarize(stats), grads
 
     return manual_region(

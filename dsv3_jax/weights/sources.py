@@ -26,7 +26,7 @@ from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
 from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import BLOCK, E4M3, QuantizedTensor
-from dsv3_jax.params import named_arrays, scale_spec, specs
+from dsv3_jax.params import named_arrays, param_specs, scale_spec
 from dsv3_jax.progress import Advance
 from dsv3_jax.weights.hf_config import length_of, read_config, read_length
 from dsv3_jax.weights.hf_names import (
@@ -84,9 +84,9 @@ def wanted_arrays(config: ModelConfig, policy: Policy, mesh: Mesh, layout: Layou
 
     def of(variable) -> jax.ShapeDtypeStruct:
         param = isinstance(variable, nnx.Param)
-        dtype = jnp.float32 if not param or variable.wide else policy.master
+        dtype = jnp.float32 if not param or variable.keep_fp32 else policy.master
         dtype = E4M3 if param and variable.fp8 and policy.fp8 else dtype
-        where = named_sharding(mesh, specs(variable, layout))
+        where = named_sharding(mesh, param_specs(variable, layout))
         return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=where)
 
     state = nnx.state(abstract_model(config, policy))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.params import assemble, named_arrays
+from dsv3_jax.params import all_gather_params, named_arrays
 from sharding.layout import Layout
 
 BATCH, LENGTH = 2, 7
@@ -113,4 +113,4 @@ def mtp_weights(values: dict, depth: int) -> dict:
 def in_bfloat16(module):
     """The module with its weights as the bfloat16 policy hands them to it."""
     graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, assemble(state, Layout(), BF16.compute))
+    return nnx.merge(graphdef, all_gather_params(state, Layout(), BF16.compute))

@@ -34,7 +34,7 @@ def parameters(config: Config):
     rng = np.random.default_rng(0)
 
     def numbers(variable):
-        vector = len(variable.get_metadata().get("sizes", ())) == 1
+        vector = len(variable.get_metadata().get("global_shape", ())) == 1
         values = vector + 0.1 * rng.normal(size=variable.shape)
         return variable.replace(values.astype(np.float32))
 
