@@ -62,7 +62,8 @@ def share_of(param: nnx.Variable, policy: Policy, layout: Layout, stacked: bool)
     split = split_axes(param, layout)
     kept = split_axes(param, dataclasses.replace(layout, zero=0))
     used = n // mesh.size(*kept)
-    dtype = policy.master if param.wide else E4M3 if param.fp8 and policy.fp8 else policy.compute
+    dtype = E4M3 if param.fp8 and policy.fp8 else policy.compute
+    dtype = policy.master if param.keep_fp32 else dtype
     return Share(
         stored=n // mesh.size(*split),
         used=used,
