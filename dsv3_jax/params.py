@@ -44,7 +44,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap, Platform
 from dsv3_jax.numerics.matmul import Weight
@@ -109,8 +108,8 @@ def param_specs(tree, layout: Layout):
     return jax.tree.map(spec, tree, is_leaf=_is_variable)
 
 
-def scale_spec(variable: nnx.Param, layout: Layout) -> PartitionSpec:
-    """Return the placement of the scales of an FP8 weight in a layout without ZeRO.
+def scale_spec(variable: nnx.Param, layout: Layout):
+    """Return the PartitionSpec of the scales of an FP8 weight in a layout without ZeRO.
 
     The experts of a weight lie on several devices; a single matrix is whole.
     """
