@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from reference.states import EXTRA, abstract, mesh_of, placed, same_bits, saved
 
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.checkpoint import CheckpointManager
 
 
 def test_restore_on_another_mesh_is_bitwise_equal(tmp_path):
@@ -25,7 +25,7 @@ def test_restore_on_another_mesh_is_bitwise_equal(tmp_path):
 
 def test_values_survive_a_walk_over_meshes(tmp_path):
     """8 devices, then 4, 1, and 8 again laid out otherwise."""
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = CheckpointManager(tmp_path, 2)
     state = first = placed(mesh_of(8, 1))
     for step, sizes in enumerate([(2, 2), (1, 1), (4, 2)]):
         checkpoints.save(step, state, EXTRA)
@@ -36,7 +36,7 @@ def test_values_survive_a_walk_over_meshes(tmp_path):
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = CheckpointManager(tmp_path, 2)
     state = {"w": jnp.arange(300_000, dtype=jnp.float32)}
     target = abstract(state)
     checkpoints.save(1, state, {})
@@ -47,7 +47,7 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
 
 
 def test_some_are_kept_for_good(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 2, keep_every=4)
+    checkpoints = CheckpointManager(tmp_path, 2, keep_every=4)
     for step in range(2, 13, 2):
         checkpoints.save(step, {"w": jnp.arange(3.0)}, {})
     assert checkpoints.steps() == [4, 8, 10, 12]
@@ -59,17 +59,17 @@ def test_the_newest_step_has_the_highest_number_whatever_the_clock(tmp_path, mon
     for hours, step in enumerate((1, 5, 9)):  # each save an hour before the one before it
         monkeypatch.setattr(time, "time", lambda back=hours * 3600: now() - back)
         monkeypatch.setattr(time, "time_ns", lambda back=hours * 3600: now_ns() - back * 10**9)
-        with contextlib.closing(Checkpoints(tmp_path, 2)) as checkpoints:
+        with contextlib.closing(CheckpointManager(tmp_path, 2)) as checkpoints:
             checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step})
     os.utime(tmp_path / "9", (0, 0))
-    again = Checkpoints(tmp_path, 2)
+    again = CheckpointManager(tmp_path, 2)
     assert again.steps() == [5, 9]
     assert again.resume(abstract({"x": jnp.ones(3, int)})).extra == {"step": 9}
     again.close()
 
 
 def test_newest_are_kept_and_old_steps_are_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "none" / "yet", 2)
+    checkpoints = CheckpointManager(tmp_path / "none" / "yet", 2)
     assert checkpoints.latest_step() is None
     with pytest.raises(FileNotFoundError, match="step None"):
         checkpoints.restore({})
@@ -95,7 +95,7 @@ def test_newest_are_kept_and_old_steps_are_refused(tmp_path):
 )
 def test_state_of_another_config_is_refused(tmp_path, change, message):
     state = {"w": jnp.ones((3, 4)), "b": jnp.ones(2)}
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = CheckpointManager(tmp_path, 2)
     checkpoints.save(1, state, {})
     with pytest.raises(ValueError, match=message):
         checkpoints.restore(abstract(state | change))

@@ -13,8 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 from reference.states import abstract, same_bits, saved
 
-from dsv3_jax.checkpoint import Checkpoints, DamagedCheckpoint, SavedSteps
-from dsv3_jax.checkpoint.files import RECORD, damage, write_record
+from dsv3_jax.checkpoint import CheckpointManager, CheckpointReader, DamagedCheckpoint
+from dsv3_jax.checkpoint.integrity import FILE_RECORD, find_damage, write_file_record
 
 # Orbax abandons the other reads of a step once one of them has failed.
 pytestmark = [
@@ -69,16 +69,16 @@ def test_each_flipped_bit_in_each_kind_of_file_is_found_and_named(copy):
         "manifest.ocdbt",
         "metadata",
         "process_0",
-        RECORD,
+        FILE_RECORD,
     }
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     for paths in kinds.values():
         for path in rng.choices(paths, k=50):
             sound = path.read_bytes()
             path.write_bytes(flipped(sound, rng))
-            assert damage(folder).startswith(str(path.relative_to(folder)))
+            assert find_damage(folder).startswith(str(path.relative_to(folder)))
             path.write_bytes(sound)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -95,26 +95,26 @@ def test_each_flipped_bit_in_each_kind_of_file_is_found_and_named(copy):
 def test_each_file_that_is_not_whole_is_found_and_named(copy, change, expected):
     folder = copy[0] / "9"
     for path in files_of(folder):
-        if path.name == RECORD:
+        if path.name == FILE_RECORD:
             continue
         sound = path.read_bytes()
         change(path)
-        assert re.match(re.escape(str(path.relative_to(folder))) + expected, damage(folder))
+        assert re.match(re.escape(str(path.relative_to(folder))) + expected, find_damage(folder))
         if path.is_dir():
             path.rmdir()
         path.write_bytes(sound)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 def test_record_that_is_not_whole_is_found(copy):
-    record = copy[0] / "9" / RECORD
+    record = copy[0] / "9" / FILE_RECORD
     sound = record.read_bytes()
     for cut in (b"", sound[:-1], sound[:20]):
         record.write_bytes(cut)
-        assert damage(record.parent).startswith(RECORD)
+        assert find_damage(record.parent).startswith(FILE_RECORD)
     record.unlink()
     record.mkdir()
-    assert damage(record.parent) == f"{RECORD} cannot be read: Is a directory"
+    assert find_damage(record.parent) == f"{FILE_RECORD} cannot be read: Is a directory"
 
 
 def test_unreadable_files_are_named(copy, monkeypatch):
@@ -126,28 +126,28 @@ def test_unreadable_files_are_named(copy, monkeypatch):
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", denied)
-    assert damage(folder) == "manifest/metadata cannot be read: Permission denied"
+    assert find_damage(folder) == "manifest/metadata cannot be read: Permission denied"
 
 
 def test_all_damaged_files_are_counted_and_additional_ones_ignored(copy):
     folder = copy[0] / "9"
     (folder / "state" / ".nfs0001").write_bytes(b"left by a file system")
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     for name in ("_METADATA", "_sharding", "manifest.ocdbt"):
         (folder / "state" / name).unlink()
-    assert damage(folder) == "state/_METADATA is missing (and 2 more of its files)"
+    assert find_damage(folder) == "state/_METADATA is missing (and 2 more of its files)"
 
 
 def test_large_files_are_recorded_by_size_only(copy):
     """Their bits are for the fingerprints of the arrays; see the next test."""
     folder = copy[0] / "9"
     largest = max(files_of(folder), key=lambda path: path.stat().st_size)
-    write_record(folder, large=largest.stat().st_size - 1)
+    write_file_record(folder, max_crc_bytes=largest.stat().st_size - 1)
     sound = largest.read_bytes()
     largest.write_bytes(flipped(sound, random.Random(0)))
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     largest.write_bytes(sound[:-1])
-    assert damage(folder).startswith(str(largest.relative_to(folder)))
+    assert find_damage(folder).startswith(str(largest.relative_to(folder)))
 
 
 def test_no_flipped_bit_restores_other_values(tmp_path):
@@ -203,12 +203,12 @@ def test_a_changed_position_in_the_manifest_is_caught(tmp_path):
     checkpoints.close()
 
 
-def test_damaged_steps_are_set_aside_for_the_newest_sound_one(copy, capsys):
+def test_damaged_steps_are_quarantined_for_the_newest_sound_one(copy, capsys):
     folder, state = copy
     (folder / "9" / "state" / "_sharding").unlink()
     metadata = folder / "6" / "_CHECKPOINT_METADATA"
     metadata.write_text(metadata.read_text().replace('_nsecs": 1', '_nsecs": {'))
-    checkpoints = Checkpoints(folder, 3)
+    checkpoints = CheckpointManager(folder, 3)
     resumed = checkpoints.resume(abstract(state))
     assert resumed.step == 3 and resumed.extra["step"] == 3 and same_bits(resumed.state, state)
     assert capsys.readouterr().out.splitlines() == [
@@ -225,7 +225,7 @@ def test_damaged_steps_are_set_aside_for_the_newest_sound_one(copy, capsys):
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["6", "9", "9-2"]
     checkpoints.save(12, state, {})
     checkpoints.save(15, state, {})
-    assert checkpoints.steps() == [6, 12, 15]  # a step set aside counts no more
+    assert checkpoints.steps() == [6, 12, 15]  # a quarantined step counts no more
     checkpoints.close()
 
 
@@ -233,13 +233,13 @@ def test_arrays_decide_on_a_step_without_a_record(copy, capsys):
     """As a kill between commit and record leaves it."""
     folder, state = copy
     for step in (6, 9):
-        (folder / str(step) / RECORD).unlink()
+        (folder / str(step) / FILE_RECORD).unlink()
     kernel = jax.tree.leaves(state["params"])[1]
     piece = np.asarray(kernel.addressable_shards[3].data).tobytes()
     (path,) = (path for path in files_of(folder / "9") if piece in path.read_bytes())
     before, _, after = path.read_bytes().partition(piece)
     path.write_bytes(before + flipped(piece, random.Random(0)) + after)
-    checkpoints = Checkpoints(folder, 3)
+    checkpoints = CheckpointManager(folder, 3)
     assert checkpoints.resume(abstract(state)).step == 6
     assert (
         "9 is damaged: bits changed since it was saved, in params.kernel.value;"
@@ -253,20 +253,20 @@ def test_a_run_never_starts_over_because_all_is_damaged(copy):
     for step in (3, 6, 9):
         (folder / str(step) / "state" / "_METADATA").unlink()
     for _ in range(2):  # the second time, all lie aside already
-        checkpoints = Checkpoints(folder, 3)
+        checkpoints = CheckpointManager(folder, 3)
         with pytest.raises(DamagedCheckpoint, match=r"no sound checkpoint .*\(3, 6, 9\).*remove"):
             checkpoints.resume(abstract(state))
         assert checkpoints.steps() == []
         checkpoints.close()
     shutil.rmtree(folder / "damaged")
-    checkpoints = Checkpoints(folder, 3)
+    checkpoints = CheckpointManager(folder, 3)
     assert checkpoints.resume(abstract(state)) is None
     checkpoints.close()
 
 
 def test_a_checkpoint_of_another_config_stays_where_it_is(copy):
     folder, state = copy
-    checkpoints = Checkpoints(folder, 3)
+    checkpoints = CheckpointManager(folder, 3)
     with pytest.raises(ValueError, match="is of another config") as caught:
         checkpoints.resume(abstract(state | {"step": jnp.ones(2)}))
     assert not isinstance(caught.value, DamagedCheckpoint)
@@ -280,7 +280,7 @@ def test_a_step_that_does_not_fit_in_memory_is_not_damaged(copy, monkeypatch, er
         raise error("RESOURCE_EXHAUSTED: out of memory")
 
     folder, state = copy
-    checkpoints = Checkpoints(folder, 3)
+    checkpoints = CheckpointManager(folder, 3)
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", no_room)
         with pytest.raises(error):
@@ -292,11 +292,11 @@ def test_a_step_that_does_not_fit_in_memory_is_not_damaged(copy, monkeypatch, er
 def test_readers_leave_a_damaged_step_where_it_is(copy):
     folder, state = copy
     (folder / "9" / "manifest" / "metadata").unlink()
-    checkpoints = SavedSteps(folder)
+    checkpoints = CheckpointReader(folder)
     for read in (
         checkpoints.verify,
         lambda: checkpoints.restore(abstract(state)),
-        lambda: checkpoints.restore_some({"step": abstract(state["step"])}),
+        lambda: checkpoints.restore_arrays({"step": abstract(state["step"])}),
     ):
         with pytest.raises(DamagedCheckpoint, match="manifest"):
             read()

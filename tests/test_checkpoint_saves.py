@@ -16,7 +16,7 @@ import pytest
 from reference.saver import save_forever
 from reference.states import EXTRA, abstract, same_bits, saved
 
-from dsv3_jax.checkpoint import Checkpoints, SaveFailed
+from dsv3_jax.checkpoint import CheckpointManager, SaveFailed
 from dsv3_jax.checkpoint import manager as module
 
 ROOT = Path(__file__).parent.parent
@@ -51,11 +51,11 @@ def test_a_killed_save_leaves_the_step_before(tmp_path):
         left = tmp_path / f"{step}.orbax-checkpoint-tmp"  # the name under which Orbax writes a step
         shutil.copytree(tmp_path / "2", left)
         shutil.rmtree(left / "manifest")
-    reader = Checkpoints(tmp_path, None)
+    reader = CheckpointManager(tmp_path, None)
     assert same_bits(reader.restore(abstract(state))[0], state)
     reader.close()
     assert left.exists()  # it may be that of a run that is still going on
-    again = Checkpoints(tmp_path, 2)
+    again = CheckpointManager(tmp_path, 2)
     resumed = again.resume(abstract(state))
     assert resumed.step == 2 and same_bits(resumed.state, state)
     assert names(tmp_path) == ["1", "2"]
@@ -65,7 +65,7 @@ def test_a_killed_save_leaves_the_step_before(tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, noise, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints = CheckpointManager(tmp_path, 1)
     small = {"w": jnp.arange(8.0)}
     checkpoints.save(1, small, EXTRA)
     checkpoints.wait()
@@ -73,7 +73,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, noise, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=NOISE - 2_000_000))
     with pytest.raises(SaveFailed) as caught:
         checkpoints.save(2, noise, EXTRA)
-    assert caught.value.missing == 2_000_000
+    assert caught.value.missing_bytes == 2_000_000
     assert (
         f"saving step 2 in {tmp_path} failed: the disk is too full\n"
         "It needs 0.004 GB, 0.002 GB are free there, 0.002 GB are missing. Intact: steps [1]."
@@ -87,7 +87,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, noise, monk
 
 
 def test_a_failed_write_names_its_step_and_spares_the_others(tmp_path, noise):
-    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints = CheckpointManager(tmp_path, 1)
     small = {"w": jnp.arange(8.0)}
     checkpoints.save(1, small, EXTRA)
     checkpoints.wait()
@@ -98,7 +98,7 @@ def test_a_failed_write_names_its_step_and_spares_the_others(tmp_path, noise):
         assert names(tmp_path) == ["1"]
         with pytest.raises(SaveFailed, match=message.format(2)) as caught:
             checkpoints.wait()
-        assert caught.value.missing is None and caught.value.__cause__ is not None
+        assert caught.value.missing_bytes is None and caught.value.__cause__ is not None
         checkpoints.wait()
         checkpoints.save(3, noise, EXTRA)
         with pytest.raises(SaveFailed, match=message.format(3)):
@@ -112,7 +112,7 @@ def test_a_failed_write_names_its_step_and_spares_the_others(tmp_path, noise):
 
 
 def test_the_last_failure_is_told_when_closing(tmp_path, noise):
-    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints = CheckpointManager(tmp_path, 1)
     with files_up_to(1 << 20):
         checkpoints.save(2, noise, EXTRA)
         with pytest.raises(SaveFailed, match="saving step 2"):
@@ -124,10 +124,10 @@ def test_a_step_whose_record_fails_is_told_and_stays(tmp_path, monkeypatch):
     def full(folder):
         raise OSError(28, "No space left on device", str(folder))
 
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = CheckpointManager(tmp_path, 2)
     state = {"w": jnp.arange(8.0)}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_record", full)
+        patch.setattr(module, "write_file_record", full)
         checkpoints.save(1, state, EXTRA)
         with pytest.raises(SaveFailed, match=r"(?s)No space left.*Intact: steps \[1\]"):
             checkpoints.wait()

@@ -17,6 +17,7 @@ FLOORS = {
     "dsv3_jax.config_cli": 2,
     "dsv3_jax.cli": 2,
     "dsv3_jax.progress": 2,
+    "dsv3_jax.files": 2,
     "dsv3_jax.hardware": 2,
     "dsv3_jax.interconnect": 2,
     "dsv3_jax.schedules": 2,

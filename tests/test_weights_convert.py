@@ -18,7 +18,7 @@ from reference.tensor_files import assert_same
 
 from configs import load_preset
 from dsv3_jax import load_pretrained, save_pretrained
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.checkpoint import CheckpointManager
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import to_dict
 from dsv3_jax.numerics.policy import Policy
@@ -263,7 +263,7 @@ def workdir(official):
     folder, config = official.parent / "run", as_run(open_weights(official).config)
     started = start(config, official)
     check_start(started, official)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=None)
+    checkpoints = CheckpointManager(folder / "checkpoints", keep=None)
     checkpoints.save(3, started[0], {})
     checkpoints.close()
     (folder / "config.json").write_text(json.dumps(to_dict(config)))

@@ -1,6 +1,6 @@
 """Checkpoints that lose nothing silently: damage is found, and a failed save spares the others."""
 
-from dsv3_jax.checkpoint.manager import Checkpoints, Resumed, SaveFailed
-from dsv3_jax.checkpoint.reader import DamagedCheckpoint, SavedSteps
+from dsv3_jax.checkpoint.manager import CheckpointManager, Resumed, SaveFailed
+from dsv3_jax.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 
-__all__ = ["Checkpoints", "DamagedCheckpoint", "Resumed", "SaveFailed", "SavedSteps"]
+__all__ = ["CheckpointManager", "CheckpointReader", "DamagedCheckpoint", "Resumed", "SaveFailed"]

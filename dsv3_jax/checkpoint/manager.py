@@ -1,8 +1,8 @@
-"""Saving steps of a run, and resuming from the newest that is sound.
+"""Saving the steps of a run, and resuming from the newest sound one.
 
 Orbax writes in the background and commits a step by renaming its folder, so a killed or failed
-save leaves the steps before it as they were. Once a step is committed, a record of its files joins
-it; killed before that, it is judged by the fingerprints of its arrays alone.
+save leaves the steps before it as they were. Once a step is committed, its file record joins it;
+killed before that, the step is judged by the fingerprints of its arrays alone (see `integrity`).
 """
 
 import itertools
@@ -15,26 +15,30 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from dsv3_jax.checkpoint.files import write_record
-from dsv3_jax.checkpoint.integrity import fingerprints
-from dsv3_jax.checkpoint.manifest import named_leaves, new_manifest, without_empty
-from dsv3_jax.checkpoint.processes import on_the_first, shared
-from dsv3_jax.checkpoint.reader import DamagedCheckpoint, SavedSteps, handlers
+from dsv3_jax.checkpoint.integrity import fingerprints, new_manifest, write_file_record
+from dsv3_jax.checkpoint.processes import broadcast_first, on_process_zero
+from dsv3_jax.checkpoint.reader import (
+    CheckpointReader,
+    DamagedCheckpoint,
+    handlers,
+    named_leaves,
+    without_empty,
+)
 
 
 class SaveFailed(OSError):
     """A step that did not reach the disk. Older steps stay, and a later save may succeed.
 
-    `missing` is how many bytes of free space it lacked; None if the space that is left is not why.
+    `missing_bytes` is how much free space it lacked; None if the disk is not too full.
     """
 
-    def __init__(self, message: str, missing: int | None):
+    def __init__(self, message: str, missing_bytes: int | None):
         super().__init__(message)
-        self.missing = missing
+        self.missing_bytes = missing_bytes
 
 
 class Resumed(NamedTuple):
-    """Where a run goes on."""
+    """The step that a run resumes from."""
 
     step: int
     state: PyTree
@@ -46,19 +50,19 @@ class _Saving(NamedTuple):
 
     step: int
     n_bytes: int
-    record: Future
+    file_record: Future
 
 
-class Checkpoints(SavedSteps):
+class CheckpointManager(CheckpointReader):
     """The steps that a run saves in one folder, of which the newest `keep` stay (all if None).
 
-    So do all multiples of `keep_every`, if given. With several processes, process 0 alone renames
-    and removes.
+    All multiples of `keep_every`, if given, stay as well. With several processes, process 0 alone
+    renames and removes.
     """
 
     def __init__(self, directory: str | Path, keep: int | None, keep_every: int | None = None):
         super().__init__(directory)
-        self._aside = self.directory / "damaged"
+        self._quarantine_folder = self.directory / "damaged"
         self._keep, self._keep_every = keep, keep_every
         self._saving: _Saving | None = None
         self._failure: SaveFailed | None = None
@@ -66,7 +70,7 @@ class Checkpoints(SavedSteps):
         self._manager = self._new_manager()
 
     def steps(self) -> list[int]:
-        """Steps on disk, oldest first, once the save under way has finished."""
+        """Return the steps on disk, oldest first, once the save under way has finished."""
         self._finish()
         return super().steps()
 
@@ -89,9 +93,9 @@ class Checkpoints(SavedSteps):
         arrays = named_leaves(state)
         stored = without_empty(arrays)
         n_bytes = sum(array.nbytes for array in stored.values())
-        on_the_first(self._remove_unfinished)
-        if n_bytes > self._free():
-            raise self._failed(step, n_bytes, "the disk is too full")
+        on_process_zero(self._remove_unfinished)
+        if n_bytes > self._free_bytes():
+            raise self._save_failed(step, n_bytes, "the disk is too full")
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(stored),
             manifest=ocp.args.JsonSave(new_manifest(arrays, fingerprints(stored), extra)),
@@ -100,44 +104,45 @@ class Checkpoints(SavedSteps):
             self._manager.save(step, args=items)
         except Exception as error:  # Orbax and its writers raise many types for a disk in trouble
             self._abandon()
-            raise self._failed(step, n_bytes, _text(error)) from error
-        self._saving = _Saving(step, n_bytes, self._recorder.submit(self._record, step))
+            raise self._save_failed(step, n_bytes, _text(error)) from error
+        self._saving = _Saving(step, n_bytes, self._recorder.submit(self._record_files, step))
 
     def resume(self, abstract_state: PyTree) -> Resumed | None:
-        """The newest step that is sound, bit for bit as it was saved; None if there is no step.
+        """Restore the newest sound step, bit for bit as it was saved; None if there is no step.
 
-        Only the run that writes here may call it: it removes what killed saves left, and moves
-        damaged steps to the folder `damaged`, with a line that says what is wrong with them. See
-        `restore` for `abstract_state`.
+        Only the run that writes here may call it: it removes what killed saves left, and
+        quarantines damaged steps in the folder `damaged`, with a printed line that says what is
+        wrong with them. See `restore` for `abstract_state`.
 
         Raises:
             DamagedCheckpoint: no sound step is left of those that were here.
             ValueError: the newest sound step holds other arrays than `abstract_state`.
         """
         self._finish()
-        on_the_first(self._remove_unfinished)
+        on_process_zero(self._remove_unfinished)
         while (step := self.latest_step()) is not None:
-            found, what = None, None
+            resumed, damage = None, None
             try:
                 self.verify(step)
-                found = Resumed(step, *self.restore(abstract_state, step))
+                resumed = Resumed(step, *self.restore(abstract_state, step))
             except DamagedCheckpoint as error:
-                what = error.what
-            if (what := shared(what)) is None:
-                return found
-            on_the_first(lambda step=step, what=what: self._set_aside(step, what))
+                damage = error.reason
+            if (damage := broadcast_first(damage)) is None:
+                return resumed
+            on_process_zero(lambda step=step, damage=damage: self._quarantine(step, damage))
             self._reopen()
-        if names := on_the_first(self._names_aside):
+        if names := on_process_zero(self._quarantined):
             raise DamagedCheckpoint(
                 f"no sound checkpoint is left in {self.directory}: all were damaged and lie in "
-                f"{self._aside} ({names}). Put a sound copy of one into {self.directory}; or, to "
-                f"train from the beginning, remove {self._aside} or use another --workdir",
+                f"{self._quarantine_folder} ({names}). Put a sound copy of one into "
+                f"{self.directory}; or, to train from the beginning, remove "
+                f"{self._quarantine_folder} or use another --workdir",
                 "no sound checkpoint is left",
             )
         return None
 
-    def forget_after(self, step: int):
-        """Delete the saved steps after this one, so that they can come again."""
+    def delete_after(self, step: int):
+        """Delete the saved steps after this one, so that they can be saved anew."""
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
@@ -171,53 +176,53 @@ class Checkpoints(SavedSteps):
         return ocp.CheckpointManager(self.directory, item_handlers=handlers(), options=options)
 
     def _reopen(self):
-        """Let Orbax see anew which steps there are."""
+        """Let Orbax list the steps anew."""
         self._manager.close()
         self._manager = self._new_manager()
 
-    def _record(self, step: int):
-        """In a thread beside Orbax's: once the step is committed, note its files."""
+    def _record_files(self, step: int):
+        """In a thread beside Orbax's: write the file record once the step is committed."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            write_record(self._folder(step))
+            write_file_record(self._folder(step))
 
     def _finish(self):
         """Let the save under way finish, and keep its failure for `wait`."""
         if self._saving is None:
             return
-        step, n_bytes, record = self._saving
+        step, n_bytes, file_record = self._saving
         failure = None
         try:
             self._manager.wait_until_finished()
-            record.result()
+            file_record.result()
         except Exception as error:  # see `save`
             failure = error
         self._saving = None
-        if text := shared(failure and _text(failure)):
+        if text := broadcast_first(failure and _text(failure)):
             self._abandon()
-            self._failure = self._failed(step, n_bytes, text)
+            self._failure = self._save_failed(step, n_bytes, text)
             self._failure.__cause__ = failure
 
     def _abandon(self):
         """After a failed save: give its space back, and forget it."""
-        on_the_first(self._remove_unfinished)
+        on_process_zero(self._remove_unfinished)
         self._reopen()
 
-    def _failed(self, step: int, n_bytes: int, why: str) -> SaveFailed:
-        free = self._free()
+    def _save_failed(self, step: int, n_bytes: int, cause: str) -> SaveFailed:
+        free = self._free_bytes()
         missing = n_bytes - free if n_bytes > free else None
-        lacking = "" if missing is None else f", {_size(missing)} are missing"
+        missing_text = "" if missing is None else f", {_gigabytes(missing)} are missing"
         return SaveFailed(
-            f"saving step {step} in {self.directory} failed: {why}\n"
-            f"It needs {_size(n_bytes)}, {_size(free)} are free there{lacking}. "
+            f"saving step {step} in {self.directory} failed: {cause}\n"
+            f"It needs {_gigabytes(n_bytes)}, {_gigabytes(free)} are free there{missing_text}. "
             f"Intact: steps {self.steps()}. Check free space and permissions there; "
             "the next save needs nothing else.",
             missing,
         )
 
-    def _free(self) -> int:
-        """Bytes that may still be written, as process 0 sees it."""
-        return int(on_the_first(lambda: str(shutil.disk_usage(self.directory).free)))
+    def _free_bytes(self) -> int:
+        """Return how many bytes may still be written, as process 0 sees it."""
+        return int(on_process_zero(lambda: str(shutil.disk_usage(self.directory).free)))
 
     def _remove_unfinished(self):
         """Remove the folders of saves that were killed or failed.
@@ -227,21 +232,24 @@ class Checkpoints(SavedSteps):
         for unfinished in ocp.path.step.all_temporary_paths(self.directory):
             shutil.rmtree(unfinished.get(), ignore_errors=True)
 
-    def _set_aside(self, step: int, what: str):
+    def _quarantine(self, step: int, damage: str):
+        """Move a damaged step to the folder `damaged`, and print what is wrong with it."""
         names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
-        target = next(path for name in names if not (path := self._aside / name).exists())
-        self._aside.mkdir(exist_ok=True)
+        candidates = (self._quarantine_folder / name for name in names)
+        target = next(path for path in candidates if not path.exists())
+        self._quarantine_folder.mkdir(exist_ok=True)
         folder = self._folder(step)
         folder.rename(target)
-        print(f"checkpoint {folder} is damaged: {what}; it was moved to {target}", flush=True)
+        print(f"checkpoint {folder} is damaged: {damage}; it was moved to {target}", flush=True)
 
-    def _names_aside(self) -> str | None:
-        return ", ".join(sorted(path.name for path in self._aside.glob("*"))) or None
+    def _quarantined(self) -> str | None:
+        """Return the names of the quarantined steps; None if there are none."""
+        return ", ".join(sorted(path.name for path in self._quarantine_folder.glob("*"))) or None
 
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:500]}"
 
 
-def _size(n_bytes: int) -> str:
+def _gigabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:,.3f} GB"

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from dsv3_jax.files import file_crc32
+
 FORMAT = 2  # raise it when the meaning of a cached file changes
 RECORD = ".record.json"  # hidden, so that it is no document of a folder of text
-CHUNK = 1 << 20  # bytes
 
 
 def key(*parts) -> str:
@@ -59,12 +59,6 @@ def fingerprint(folder: Path) -> str:
 def _record(folder: Path) -> bytes:
     """Name, size and CRC of every file."""
     paths = sorted(path for path in folder.iterdir() if path.name != RECORD)
-    return json.dumps({path.name: [path.stat().st_size, _crc(path)] for path in paths}).encode()
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+    return json.dumps(
+        {path.name: [path.stat().st_size, file_crc32(path)] for path in paths}
+    ).encode()

@@ -14,7 +14,7 @@ import rich.text
 from jax.experimental import multihost_utils
 
 from dsv3_jax import data
-from dsv3_jax.checkpoint import Checkpoints, SaveFailed
+from dsv3_jax.checkpoint import CheckpointManager, SaveFailed
 from dsv3_jax.config import Config
 from dsv3_jax.flops import training_flops_per_token
 from dsv3_jax.losses import Batch
@@ -85,7 +85,7 @@ class Run:
         self.pipeline = pipeline_of(config, self.layout.mesh) if spec.pp > 1 else None
         self.held_out = HeldOut(config, self.mesh, self.corpus)
         kept = (config.checkpoint.keep, config.checkpoint.keep_every)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", *kept)
+        self.checkpoints = CheckpointManager(workdir / "checkpoints", *kept)
         self.guard, self.spikes = Guard(config.guard), Spikes(config.guard.spike)
         self._start()
         compute = Policy.of(config.precision).compute
@@ -284,7 +284,7 @@ class Run:
                 f"optimizer.peak_lr or precision.compute=float32, and look at {bad[0].batch}"
             )
         row, guard = self.loader.row, self.guard.saved()
-        self.checkpoints.forget_after(step)
+        self.checkpoints.delete_after(step)
         self._resume()
         self.guard.restore(guard)
         self.loader.start(self.first, row)

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.checkpoint import CheckpointManager
 from dsv3_jax.config_cli import to_dict
 from dsv3_jax.mesh_checks import check_model_mesh
 from dsv3_jax.numerics.policy import Policy
@@ -68,7 +68,7 @@ def import_weights(
     layout = Layout(mesh=mesh_spec(mesh), zero=3)
     wanted = wanted_arrays(official.config, policy, mesh, layout)
     with (
-        contextlib.closing(Checkpoints(directory / "parts", keep=None)) as checkpoints,
+        contextlib.closing(CheckpointManager(directory / "parts", keep=None)) as checkpoints,
         byte_bar(f"importing {source}", official.n_bytes(wanted)) as advance,
     ):
         done = checkpoints.steps()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsv3_jax.checkpoint import SavedSteps
+from dsv3_jax.checkpoint import CheckpointReader
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config_cli import from_dict, with_new_names
 from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
@@ -214,7 +214,7 @@ class Imported(_Saved):
         self.config = from_dict(ModelConfig, values["model"])
         self.max_length = length_of(self.config)
         self.dtype: str = values["dtype"]
-        self.checkpoints = SavedSteps(directory / "parts")
+        self.checkpoints = CheckpointReader(directory / "parts")
         missing = len(parts(self.config)) - len(self.checkpoints.steps())
         if missing:
             raise ValueError(
@@ -234,7 +234,7 @@ class Imported(_Saved):
             }
             if not asked:
                 continue
-            for path, array in self.checkpoints.restore_some(asked, step).items():
+            for path, array in self.checkpoints.restore_arrays(asked, step).items():
                 pieces[path].append(array.astype(wanted[path].dtype))
                 advance(pieces[path][-1].nbytes)
         return {path: _joined(pieces.pop(path), wanted[path]) for path in wanted}
@@ -255,11 +255,11 @@ class Workdir(_Saved):
         self.directory = directory
         run = from_dict(Config, values)
         self.config, self.max_length = run.model, run.train.seq_len
-        self.checkpoints = SavedSteps(directory / "checkpoints")
+        self.checkpoints = CheckpointReader(directory / "checkpoints")
         if not self.checkpoints.steps():
             raise FileNotFoundError(f"{directory}: the run has no checkpoint yet")
         self._kinds = ("ema" if mean else "params", "bias")
-        if mean and not any(name.startswith("ema.") for name in self.checkpoints.shapes()):
+        if mean and not any(name.startswith("ema.") for name in self.checkpoints.signatures()):
             raise ValueError(f"{directory}@ema: the run kept no mean weights; it needs ema.decay")
         self._whole: Arrays = {}  # stacks, kept because they may be asked for layer by layer
 
@@ -268,7 +268,7 @@ class Workdir(_Saved):
         missing = {path: like for path, like in wanted.items() if path not in self._whole}
         if missing:
             names = self._names(missing)
-            saved = self.checkpoints.restore_some(names)
+            saved = self.checkpoints.restore_arrays(names)
             self._whole |= {path: saved[name] for path, name in zip(missing, names, strict=True)}
         out = {}
         for path, like in wanted.items():
@@ -281,7 +281,7 @@ class Workdir(_Saved):
 
     def _names(self, wanted: Wanted) -> Wanted:
         """What the run calls these arrays, whole."""
-        there, shapes = self.checkpoints.shapes(), our_shapes(self.config)
+        there, shapes = self.checkpoints.signatures(), our_shapes(self.config)
         whole = {}
         for path, like in wanted.items():
             kinds = (f"{kind}.{path}.value" for kind in self._kinds)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.checkpoint import CheckpointManager
 
 
 def state_of(step: int) -> dict[str, np.ndarray]:
@@ -20,7 +20,7 @@ def state_of(step: int) -> dict[str, np.ndarray]:
 
 def save_forever(folder: Path, reports: Connection):
     """Report where it resumes and whether that is exact; then each step, once it is on the disk."""
-    checkpoints = Checkpoints(folder, keep=3)
+    checkpoints = CheckpointManager(folder, keep=3)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     resumed = checkpoints.resume(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state_of(0))

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.checkpoint import Checkpoints
+from dsv3_jax.checkpoint import CheckpointManager
 
 EXTRA = {"tokens": 12_345, "loader": {"position": [3, 7], "seed": 0}, "rate": 0.1}
 
@@ -59,9 +59,9 @@ def same_bits(a, b) -> bool:
     return jax.tree.all(equal)
 
 
-def saved(directory: Path, steps: list[int], keep: int = 3) -> tuple[Checkpoints, dict]:
+def saved(directory: Path, steps: list[int], keep: int = 3) -> tuple[CheckpointManager, dict]:
     """Checkpoints of one state at these steps, and the state."""
-    checkpoints = Checkpoints(directory, keep)
+    checkpoints = CheckpointManager(directory, keep)
     state = placed(mesh_of(4, 2))
     for step in steps:
         checkpoints.save(step, state, EXTRA | {"step": step})

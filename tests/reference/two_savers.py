@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.checkpoint import Checkpoints, SaveFailed
+from dsv3_jax.checkpoint import CheckpointManager, SaveFailed
 
 WEIGHTS = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
 
@@ -27,7 +27,7 @@ def main(port: str, number: int, folder: Path):
     rows = NamedSharding(mesh, P("rows"))
     state = {"weights": jax.make_array_from_callback(WEIGHTS.shape, rows, lambda i: WEIGHTS[i])}
     like = {"weights": jax.ShapeDtypeStruct(WEIGHTS.shape, np.float32, sharding=rows)}
-    checkpoints = Checkpoints(folder, keep=4)
+    checkpoints = CheckpointManager(folder, keep=4)
     with jax.transfer_guard("disallow"):
         for step in (1, 2, 3, 4):
             checkpoints.save(step, state, {"step": step})
@@ -59,7 +59,7 @@ def damage_three(folder: Path):
             path.unlink()
 
 
-def refused(checkpoints: Checkpoints, state: dict, number: int):
+def refused(checkpoints: CheckpointManager, state: dict, number: int):
     """The disk is full, but process 0 alone can see that; both must refuse the save."""
     usage = shutil.disk_usage
     if number == 0:
@@ -67,7 +67,7 @@ def refused(checkpoints: Checkpoints, state: dict, number: int):
     try:
         checkpoints.save(5, state, {"step": 5})
     except SaveFailed as error:
-        assert error.missing == WEIGHTS.nbytes - 1000
+        assert error.missing_bytes == WEIGHTS.nbytes - 1000
     else:
         raise AssertionError("a save began on a full disk")
     finally:
