@@ -21,9 +21,10 @@ from pathlib import Path
 import jax
 
 from configs import load_preset, preset_names
-from dsv3_jax.cli import add_settings, message
+from dsv3_jax.cli import add_set_option
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
+from dsv3_jax.errors import error_text
 from dsv3_jax.training.host import with_huge_pages
 from sharding.mesh import GRAMMAR, start_devices
 
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workdir", type=Path, help="where everything of the run is kept (default: runs/CONFIG)"
     )
     parser.add_argument("--steps", help="train to this step (short for --set train.steps=N)")
-    add_settings(parser)
+    add_set_option(parser)
     parser.add_argument(
         "--distributed",
         action="store_true",
@@ -129,7 +130,7 @@ def main():
 
         train(config, mesh, workdir)
     except REFUSED as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         sys.exit(f"error: {error}")

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 from dsv3_jax.config import Config
-from dsv3_jax.config_cli import nearest
+from dsv3_jax.errors import did_you_mean
 
 
 def preset_names() -> list[str]:
@@ -19,5 +19,5 @@ def load_preset(name: str) -> Config:
         KeyError: no such preset; the message gives the nearest one.
     """
     if name not in preset_names():
-        raise KeyError(f"unknown config {name!r}: {nearest(name, preset_names())}")
+        raise KeyError(f"unknown config {name!r}: {did_you_mean(name, preset_names())}")
     return importlib.import_module(f"configs.{name}").get_config()

@@ -1,27 +1,22 @@
-"""What the command lines share: options of the same meaning, and errors told in one line."""
+"""Options that several commands have in common."""
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+from dsv3_jax.config import WEIGHT_DTYPES
 from sharding.mesh import GRAMMAR
 
-DTYPES = ("float32", "bfloat16", "fp8")
-TOLD = (ValueError, KeyError, NotImplementedError, OSError, ModuleNotFoundError)
 
-
-def add_model(parser: argparse.ArgumentParser):
-    """--weights, --dtype and --mesh: which model, and how it lies in memory."""
+def add_model_options(parser: argparse.ArgumentParser):
+    """Add --weights, --dtype and --mesh: which weights, in which format, on which devices."""
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="folder with the weights and tokenizer.json")
-    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add("--dtype", choices=WEIGHT_DTYPES, default="float32", help="default: %(default)s")
     add("--mesh", help=f"{GRAMMAR} (default: one device)")
 
 
-def add_settings(parser: argparse.ArgumentParser):
-    """--set, for `overrides.override`."""
+def add_set_option(parser: argparse.ArgumentParser):
+    """Add --set, a list of assignments for `config_cli.override`."""
     parser.add_argument(
         "--set",
         action="append",
@@ -29,20 +24,6 @@ def add_settings(parser: argparse.ArgumentParser):
         metavar="SECTION.FIELD=VALUE",
         help="override a field of the config, e.g. train.batch=1024; may be repeated",
     )
-
-
-@contextlib.contextmanager
-def errors_told() -> Iterator[None]:
-    """Ends the program with the message alone where it is for the user; exit code 1."""
-    try:
-        yield
-    except TOLD as error:
-        sys.exit(f"error: {message(error)}")
-
-
-def message(error: Exception) -> str:
-    """The text of an error; `str` would put that of a KeyError in quotes."""
-    return str(error.args[0] if isinstance(error, KeyError) else error)
 
 
 def table(title: str, header: list[str], rows: list[list[str]], n_text: int = 1):

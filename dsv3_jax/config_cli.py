@@ -1,12 +1,13 @@
-"""Configs in other clothes: fields replaced by `--set a.b=value`, plain values for config.json."""
+"""Configs as text: fields set by `--set a.b=value`, and plain values for config.json."""
 
 import ast
 import copy
 import dataclasses
-import difflib
 import math
 import types
 import typing
+
+from dsv3_jax.errors import did_you_mean
 
 RENAMED = {  # fields of older versions, by their names in them
     "losses.bias_rate": "losses.bias_update_speed",
@@ -20,24 +21,18 @@ RENAMED = {  # fields of older versions, by their names in them
 }
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """A " (did you mean ...?)" for an unknown name, or the list of names if none is near."""
-    known = sorted(known)
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
-
-
 def override(config, *assignments: str):
-    """`config` with fields replaced, e.g. by "optimizer.peak_lr=1e-3", and checked as a whole.
+    """Return `config` with fields replaced, e.g. by "optimizer.peak_lr=1e-3", checked as a whole.
 
     Raises:
-        KeyError: a name on the path is unknown; the message gives the nearest one.
-        ValueError: no "=", a value that does not fit the field's type, or a config that can't be.
+        KeyError: a name is unknown; the message gives the nearest one, or the new name of a field.
+        ValueError: no "=", a value that does not fit the field's type, or fields that do not fit
+            together.
     """
     values = to_dict(config)
     for assignment in assignments:
-        path, sign, text = assignment.partition("=")
-        if not sign:
+        path, equals, text = assignment.partition("=")
+        if not equals:
             raise ValueError(f"--set {assignment!r}: expected section.field=value")
         path = path.strip()
         if path in RENAMED:
@@ -46,66 +41,83 @@ def override(config, *assignments: str):
     return from_dict(type(config), values)
 
 
-def _assign(kind: type, values: dict, path: str, text: str):
-    """Put the value that `text` means into the plain values of a `kind`."""
+def _assign(config_type: type, values: dict, path: str, text: str):
+    """Parse `text` and put it at `path` into the plain values of a config."""
     *sections, name = path.split(".")
     for key in sections:
-        hint = _hint(kind, path, key)
+        hint = _type_hint(config_type, path, key)
         if not isinstance(values[key], dict):
             raise KeyError(f"config key {path!r}: {key!r} is {values[key]!r} and has no fields")
-        kind, values = _dataclass_in(hint), values[key]
-    hint = _hint(kind, path, name)
+        config_type, values = _dataclass_in(hint), values[key]
+    hint = _type_hint(config_type, path, name)
     if dataclasses.is_dataclass(hint):
-        values[name] |= _named(hint, path, text)
+        values[name] |= _named_values(hint, path, text)
     else:
         values[name] = _parse(path, text, hint)
 
 
-def _hint(kind: type, path: str, key: str):
-    hints = typing.get_type_hints(kind)
+def _type_hint(config_type: type, path: str, key: str):
+    hints = typing.get_type_hints(config_type)
     if key not in hints:
-        raise KeyError(f"unknown config key {path!r}: in it {key!r}: {nearest(key, hints)}")
+        raise KeyError(f"unknown config key {path!r}: in it {key!r}: {did_you_mean(key, hints)}")
     return hints[key]
 
 
 def _dataclass_in(hint) -> type | None:
-    """The dataclass that an annotation is, or names beside None."""
+    """Return the dataclass in a type hint such as `X` or `X | None`; None without one."""
     return next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))), None)
 
 
-def _named(kind: type, path: str, name: str) -> dict:
-    """The fields that a name stands for, such as "precision=fp8"."""
-    known = getattr(kind, "NAMED", {})
+def _named_values(config_type: type, path: str, name: str) -> dict:
+    """Return the values of the fields that a name stands for, as in "precision=fp8"."""
+    known = getattr(config_type, "NAMED", {})
     if name not in known:
-        first = dataclasses.fields(kind)[0].name
-        ask = nearest(name, known) if known else f"set its fields, such as {path}.{first}"
-        raise ValueError(f"--set {path}={name}: no such {path}; {ask}")
+        first = dataclasses.fields(config_type)[0].name
+        hint = did_you_mean(name, known) if known else f"set its fields, such as {path}.{first}"
+        raise ValueError(f"--set {path}={name}: no such {path}; {hint}")
     return known[name]
 
 
 def _parse(path: str, text: str, hint):
-    """`text` as a value of the annotated type; numbers may be written as 1e9 or 10_000."""
+    """Return `text` as a value of the annotated type; numbers may be written as 1e9 or 10_000."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and text == "None":
         return None
-    kind = next(option for option in options if option is not type(None))
-    if kind is str:
+    field_type = next(option for option in options if option is not type(None))
+    if field_type is str:
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = None
-    if kind in (int, float) and type(value) in (int, float) and math.isfinite(value):
-        if kind(value) == value:
-            return kind(value)
-    elif kind is bool and isinstance(value, bool):
+    if field_type in (int, float) and type(value) in (int, float) and math.isfinite(value):
+        if field_type(value) == value:
+            return field_type(value)
+    elif field_type is bool and isinstance(value, bool):
         return value
-    raise ValueError(f"--set {path}={text}: expected {getattr(kind, '__name__', kind)}")
+    raise ValueError(f"--set {path}={text}: expected {getattr(field_type, '__name__', field_type)}")
 
 
 def to_dict(config) -> dict:
-    """The config as plain nested values, for config.json."""
+    """Return the config as plain nested values, for config.json."""
     return dataclasses.asdict(config)
+
+
+def from_dict(config_type: type, values: dict):
+    """Return the config, or the section of one, whose `to_dict` is `values`.
+
+    Raises:
+        KeyError: an unknown name; the message gives the nearest one.
+    """
+    hints = typing.get_type_hints(config_type)
+    for name in values.keys() - hints.keys():
+        raise KeyError(f"{config_type.__name__} has no field {name!r}: {did_you_mean(name, hints)}")
+
+    def value_of(name: str, value):
+        section = _dataclass_in(hints[name])
+        return from_dict(section, value) if section and isinstance(value, dict) else value
+
+    return config_type(**{name: value_of(name, value) for name, value in values.items()})
 
 
 def with_new_names(values: dict) -> dict:
@@ -132,25 +144,11 @@ def differences(config, saved: dict) -> list[str]:
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict:
+    """Return nested values as one dict by dotted names."""
     flat = {}
     for key, value in tree.items():
-        inner = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
-
-
-def from_dict(kind: type, values: dict):
-    """A config, or a part of one, from a `to_dict` of it.
-
-    Raises:
-        KeyError: an unknown name; the message gives the nearest one.
-    """
-    hints = typing.get_type_hints(kind)
-    for name in values.keys() - hints.keys():
-        raise KeyError(f"{kind.__name__} has no field {name!r}: {nearest(name, hints)}")
-
-    def value_of(name: str, value):
-        inner = _dataclass_in(hints[name])
-        return from_dict(inner, value) if inner and isinstance(value, dict) else value
-
-    return kind(**{name: value_of(name, value) for name, value in values.items()})

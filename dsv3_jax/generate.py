@@ -9,8 +9,9 @@ Text streams as it comes. Several prompts run as one batch and are printed one a
 
 import argparse
 
-from dsv3_jax.cli import add_model, errors_told
+from dsv3_jax.cli import add_model_options
 from dsv3_jax.data import Prompts, TextStream, load_prompts
+from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.serving.generator import Generator, check_request
 from dsv3_jax.serving.sampling import Sampling
 from dsv3_jax.weights.pretrained import load_model, start_mesh
@@ -23,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model(parser)
+    add_model_options(parser)
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="text to continue; may be repeated")
     add("--chat", action="store_true", help="put each prompt in the folder's chat template")
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
         mesh = start_mesh(arguments.mesh)
         source = open_weights(arguments.weights)

@@ -124,6 +124,18 @@ H800 = dataclasses.replace(
 )
 CHIPS = {chip.name: chip for chip in (V5P, V6E, TPU7X, H100, H800)}
 
+# Dense bfloat16 FLOP per second of a JAX device by its `device_kind`: of the chips above, and of
+# those that nothing is planned for, by Google Cloud's pages on TPU v4 and v5e and NVIDIA's data
+# sheets of A100, H200 SXM and HGX B200 (half of the figures with sparsity).
+BF16_FLOPS = {chip.device_kind: chip.bf16_flops for chip in CHIPS.values()} | {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA B200": 2250e12,
+}
+
 
 def chip_named(name: str) -> Chip:
     """Return the chip called `name`.

@@ -1,57 +1,23 @@
-"""AdamW with the report's learning-rate shape (sec. 4.2) and moments in the policy's format."""
+"""The updates of a step: AdamW for parameters, a step of fixed size for the balance bias.
+
+AdamW here has learning rate 1, and the training step multiplies its updates by the rate: the rate
+depends on the tokens seen, which grow with the batch, while optax's own schedules count updates.
+"""
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dsv3_jax.config import LossConfig, OptimizerConfig
+from dsv3_jax.config import OptimizerConfig
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.shapes import Array, Float32, Int
-
-
-def learning_rate(
-    config: OptimizerConfig, step: Int[Array, ""], tokens: Float32[Array, ""]
-) -> Float32[Array, ""]:
-    """Rate of update number `step` (from 0): linear warm-up, constant, cosine, two plateaus.
-
-    Args:
-        tokens: seen before it.
-    """
-    warm = jnp.minimum((step.astype(jnp.float32) + 1.0) / max(config.warmup_steps, 1), 1.0)
-    done = jnp.clip((tokens - config.constant_tokens) / config.decay_tokens, 0.0, 1.0)
-    fall = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
-    rate = config.decayed_lr + (config.peak_lr - config.decayed_lr) * fall
-    return warm * jnp.where(tokens >= config.tail_tokens, config.tail_lr, rate)
-
-
-def mtp_weight(config: LossConfig, tokens: Float32[Array, ""]) -> Float32[Array, ""]:
-    """lambda of the MTP loss after so many tokens."""
-    return jnp.where(tokens < config.mtp_late_tokens, config.mtp_weight, config.mtp_weight_late)
-
-
-def bias_rate(config: LossConfig, tokens: Float32[Array, ""]) -> Float32[Array, ""]:
-    """gamma of the balance bias after so many tokens."""
-    return jnp.where(tokens < config.bias_stop_tokens, config.bias_update_speed, 0.0)
-
-
-def moved_bias(
-    bias: Float32[Array, "L E"], load: Float32[Array, "L E"], rate: Float32[Array, ""]
-) -> Float32[Array, "L E"]:
-    """The balance bias after a step: up where an expert had less than the mean load, else down.
-
-    Args:
-        load: tokens of each expert over the WHOLE global batch.
-
-    Source: report sec. 2.1.2, auxiliary-loss-free load balancing.
-    """
-    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+from dsv3_jax.shapes import Array, Float32
 
 
 def make_optimizer(config: OptimizerConfig, policy: Policy) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; its updates are still to be multiplied by the rate.
+    """Return clipping by global norm, then AdamW of learning rate 1 (report sec. 4.2).
 
-    Vectors (norm scales) are not decayed.
+    Moments are stored in the format of the policy. Vectors (norm scales) are not decayed.
     """
     adamw = optax.adamw(
         1.0,
@@ -59,12 +25,12 @@ def make_optimizer(config: OptimizerConfig, policy: Policy) -> optax.GradientTra
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=_decayed,
+        mask=_is_decayed,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), stored_as(adamw, policy.moments))
 
 
-def _decayed(params: nnx.State):
+def _is_decayed(params: nnx.State):
     return jax.tree.map(
         lambda variable: len(variable.global_shape) > 1,
         params,
@@ -75,11 +41,14 @@ def _decayed(params: nnx.State):
 def stored_as(
     inner: optax.GradientTransformation, dtype: jnp.dtype
 ) -> optax.GradientTransformation:
-    """`inner` with the float arrays of its state held in `dtype` between updates."""
+    """Return `inner` with the floating-point arrays of its state held in `dtype` between updates.
 
-    def cast(state, to):
+    The updates themselves are computed in float32.
+    """
+
+    def cast(state, dtype):
         return jax.tree.map(
-            lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
         )
 
     def init(params):
@@ -90,3 +59,18 @@ def stored_as(
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
+
+
+def updated_bias(
+    bias: Float32[Array, "L E"], load: Float32[Array, "L E"], speed: Float32[Array, ""]
+) -> Float32[Array, "L E"]:
+    """Return the balance bias after a step: `speed` more for underloaded experts, else less.
+
+    Args:
+        load: tokens per expert over the WHOLE global batch; an expert is underloaded below the
+            mean of its layer.
+        speed: gamma, from `schedules.bias_update_speed`.
+
+    Source: report sec. 2.1.2, auxiliary-loss-free load balancing.
+    """
+    return bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load)

@@ -20,15 +20,8 @@ from dsv3_jax.config import (
     TrainConfig,
     YarnConfig,
 )
-from dsv3_jax.config_cli import (
-    RENAMED,
-    differences,
-    from_dict,
-    nearest,
-    override,
-    to_dict,
-    with_new_names,
-)
+from dsv3_jax.config_cli import RENAMED, differences, from_dict, override, to_dict, with_new_names
+from dsv3_jax.errors import did_you_mean
 from dsv3_jax.mesh_checks import check_mesh
 from sharding.mesh import parse_mesh
 
@@ -328,4 +321,4 @@ def test_unknown_preset(name, message):
 
 
 def test_nearest_lists_what_is_there():
-    assert nearest("xyz", ["beta", "alpha"]) == "known: alpha, beta"
+    assert did_you_mean("xyz", ["beta", "alpha"]) == "known: alpha, beta"

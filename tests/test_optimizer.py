@@ -10,15 +10,8 @@ from flax import nnx
 from configs import load_preset
 from dsv3_jax.config import LossConfig, OptimizerConfig
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.optimizer import (
-    bias_rate,
-    learning_rate,
-    make_optimizer,
-    moved_bias,
-    mtp_weight,
-    stored_as,
-)
-from dsv3_jax.schedules import BatchSizes
+from dsv3_jax.optimizer import make_optimizer, stored_as, updated_bias
+from dsv3_jax.schedules import BatchSizes, bias_update_speed, learning_rate, mtp_weight
 
 BF16 = Policy(moments=jnp.dtype("bfloat16"))
 
@@ -194,13 +187,13 @@ def test_stored_as_leaves_integers_and_structure():
 def test_switches(tokens, weight, rate):
     config, tokens = LossConfig(), jnp.float32(tokens)
     np.testing.assert_allclose(mtp_weight(config, tokens), weight, rtol=1e-6)
-    np.testing.assert_allclose(bias_rate(config, tokens), rate, rtol=1e-6)
+    np.testing.assert_allclose(bias_update_speed(config, tokens), rate, rtol=1e-6)
 
 
 def test_bias_moves_against_the_load():
     load = np.array([[5, 1, 3, 3], [0, 0, 8, 0], [2, 2, 2, 2]], np.float32)
     bias = np.random.default_rng(0).normal(size=load.shape).astype(np.float32)
-    got = moved_bias(bias, load, jnp.float32(0.25))
+    got = updated_bias(bias, load, jnp.float32(0.25))
     moves = np.zeros_like(bias)
     for layer in range(len(load)):
         mean = sum(load[layer]) / 4
@@ -213,5 +206,5 @@ def test_bias_moves_against_the_load():
 
 def test_stopped_bias_stays():
     load, bias = jnp.array([[5.0, 1.0]]), jnp.array([[0.5, -0.5]])
-    stopped = bias_rate(LossConfig(), jnp.float32(14.5e12))
-    np.testing.assert_array_equal(moved_bias(bias, load, stopped), bias)
+    stopped = bias_update_speed(LossConfig(), jnp.float32(14.5e12))
+    np.testing.assert_array_equal(updated_bias(bias, load, stopped), bias)

@@ -25,7 +25,6 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.plan import __main__ as plan
 from dsv3_jax.plan.memory import memory
 from dsv3_jax.plan.speed import context_bytes, exchange_bytes, flops_per_token, speed
-from dsv3_jax.training.reporting import BF16_PEAK
 from dsv3_jax.training.state import abstract_state, layout_of
 from sharding.mesh import AXES, MeshSpec, parse_mesh
 
@@ -278,17 +277,18 @@ def test_output(monkeypatch, capsys):
 
 
 def test_chips():
-    names = {"v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-    for name, kind in names.items():
+    names = {"v5p": ("TPU v5", 459e12), "v6e": ("TPU v6 lite", 918e12)}
+    names |= {"tpu7x": ("TPU7x", 1153.5e12)}
+    for name, (kind, flops) in names.items():
         assert hardware.CHIPS[name].device_kind == kind
-        assert hardware.CHIPS[name].bf16_flops == BF16_PEAK[kind]
+        assert hardware.BF16_FLOPS[kind] == flops
         assert hardware.compiler_options(kind)["xla_tpu_enable_async_all_to_all"] is True
     assert (
         hardware.compiler_options("cpu")
         == hardware.compiler_options(hardware.H100.device_kind)
         == {}
     )
-    assert hardware.H100.bf16_flops == BF16_PEAK[hardware.H100.device_kind]
+    assert hardware.BF16_FLOPS[hardware.H100.device_kind] == 989.5e12
     assert hardware.parse_topology("v5p:8x8x16") == (V5P, 1024, (8, 8, 16))
     assert hardware.parse_topology("tpu7x:8x8x8") == (hardware.TPU7X, 1024, (8, 8, 8))
     assert hardware.parse_topology("h100:32x8") == (hardware.H100, 256, (32, 8))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import rich.console
 
+from dsv3_jax.hardware import BF16_FLOPS
 from dsv3_jax.training import reporting
 from dsv3_jax.training.plots import max_violation, plot_expert_load, plot_loss, smoothed
-from dsv3_jax.training.reporting import BF16_PEAK, MetricsLog, Progress, device_peak, matmul_peak
+from dsv3_jax.training.reporting import MetricsLog, Progress, device_peak, matmul_peak
 
 
 def row(step: int, loss: float = 2.5) -> dict:
@@ -120,7 +121,7 @@ def test_measured_peak_is_plausible():
 def test_peak_comes_from_the_data_sheet_or_a_measurement(monkeypatch):
     monkeypatch.setattr(reporting, "matmul_peak", lambda dtype: 8e9)
     gpu = mock.Mock(spec=jax.Device, device_kind="NVIDIA H100 80GB HBM3", platform="gpu")
-    assert device_peak(gpu, "bfloat16") == (BF16_PEAK["NVIDIA H100 80GB HBM3"], "MFU")
+    assert device_peak(gpu, "bfloat16") == (BF16_FLOPS["NVIDIA H100 80GB HBM3"], "MFU")
     assert device_peak(gpu, "float32") == (8e9, "of measured matmul peak")
     shared = 8e9 / jax.local_device_count()
     assert device_peak(jax.devices("cpu")[0], "bfloat16") == (shared, "of measured matmul peak")

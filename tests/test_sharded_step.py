@@ -26,12 +26,12 @@ from reference.small_step import (
     parameters,
     placed,
 )
-from reference.step import moved_bias as reference_moved_bias
+from reference.step import updated_bias as reference_updated_bias
 
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.optimizer import make_optimizer, moved_bias
+from dsv3_jax.optimizer import make_optimizer, updated_bias
 from dsv3_jax.training.state import abstract_state, fresh_state
 from dsv3_jax.training.step import loss_and_gradients, make_step, summarize, update_bias
 from sharding.expert_parallel import make_dispatch_config
@@ -197,15 +197,15 @@ def test_three_steps_are_the_same_on_a_mesh():
     assert all(np.abs(x).max() > 0.02 for x in jax.tree.leaves(state.bias))
 
 
-def test_moved_bias():
+def test_updated_bias():
     rng = np.random.default_rng(0)
     bias = rng.normal(size=(3, 8)).astype(np.float32)
     load = rng.integers(0, 9, (3, 8)).astype(np.float32)
     load[1] = 5.0  # balanced: stays
     load[2, :4], load[2, 4:] = 0.0, 4.0
     load[2, 0], load[2, 7] = 2.0, 2.0  # exactly the mean: stay
-    got = np.asarray(moved_bias(bias, load, jnp.float32(0.125)))
-    np.testing.assert_allclose(got, reference_moved_bias(bias, load, 0.125), rtol=0, atol=1e-6)
+    got = np.asarray(updated_bias(bias, load, jnp.float32(0.125)))
+    np.testing.assert_allclose(got, reference_updated_bias(bias, load, 0.125), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(got[1], bias[1])
     np.testing.assert_array_equal(got[2, [0, 7]], bias[2, [0, 7]])
 
@@ -217,7 +217,7 @@ def test_update_bias_gives_each_layer_its_load():
     assert [x.shape for x in jax.tree.leaves(bias)] == [(2, N_EXPERTS), (1, N_EXPERTS)]
     load = rng.integers(0, 9, (N_MOE, N_EXPERTS)).astype(np.float32)
     moved = update_bias(bias, jnp.asarray(load), jnp.float32(0.5))
-    want = reference_moved_bias(np.zeros((N_MOE, N_EXPERTS)), load, 0.5)
+    want = reference_updated_bias(np.zeros((N_MOE, N_EXPERTS)), load, 0.5)
     np.testing.assert_array_equal(moved["moe"]["ffn"]["bias"][...], want[:2])
     np.testing.assert_array_equal(moved["mtp"]["block"]["ffn"]["bias"][...], want[2:])
 

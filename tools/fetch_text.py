@@ -25,9 +25,9 @@ from typing import IO
 
 from rich.console import Console
 
-from dsv3_jax.cli import errors_told
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.cache import cached, is_whole
+from dsv3_jax.errors import errors_as_messages
 
 UPDATE = "apt-get update (as root) brings apt's lists up to date"
 
@@ -231,7 +231,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         fetch(arguments.source, arguments.out)
     if arguments.source == "debian-docs":
         print(

@@ -25,9 +25,10 @@ import sys
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax.cli import add_settings, errors_told
+from dsv3_jax.cli import add_set_option
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
+from dsv3_jax.errors import errors_as_messages
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="XLA_OPTION=VALUE",
         help="a compiler option besides those of the chip; may be repeated",
     )
-    add_settings(parser)
+    add_set_option(parser)
     return parser.parse_args()
 
 
@@ -99,7 +100,7 @@ def report_on(config: Config, arguments: argparse.Namespace) -> int:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         config = override(load_preset(arguments.config), *arguments.set)
         status = report_on(config, arguments)
     sys.exit(status)

@@ -3,7 +3,13 @@
 Every class documents its fields, with units, under "Attributes". Lengths are in tokens.
 """
 
-from dsv3_jax.config.model import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
+from dsv3_jax.config.model import (
+    WEIGHT_DTYPES,
+    AttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    YarnConfig,
+)
 from dsv3_jax.config.run import (
     CheckpointConfig,
     Config,
@@ -19,6 +25,7 @@ from dsv3_jax.config.run import (
 )
 
 __all__ = [
+    "WEIGHT_DTYPES",
     "AttentionConfig",
     "CheckpointConfig",
     "Config",

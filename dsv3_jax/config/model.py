@@ -4,6 +4,8 @@ import dataclasses
 
 from dsv3_jax.config.checks import check_multiple, check_not_negative, check_positive
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "fp8")  # formats that weights are read and written in
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnConfig:

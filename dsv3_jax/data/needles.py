@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_jax.cli import errors_told
 from dsv3_jax.data.text import documents
+from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.progress import bar
 
 # One token each in a vocabulary that was learned from such text, and so are the values.
@@ -134,7 +134,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         lines = filler(arguments.filler)
         arguments.out.mkdir(parents=True, exist_ok=True)
         how = {name: getattr(arguments, name) for name in ("size", "names", "between")}

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dsv3_jax.config_cli import nearest
+from dsv3_jax.errors import did_you_mean
 
 # Folders of the standard library that are tests, other people's packages or code-page tables.
 NOT_INSTANT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
@@ -115,7 +115,7 @@ def missing(setting: str, path: Path, known: Iterable[str]) -> FileNotFoundError
     siblings = {child.name for child in path.parent.iterdir() if child.name[0] != "."}
     return FileNotFoundError(
         f"{setting} does not exist: no {path.name!r} in {path.parent}; "
-        f"{nearest(path.name, siblings.union(known))}"
+        f"{did_you_mean(path.name, siblings.union(known))}"
     )
 
 
@@ -184,7 +184,7 @@ def _json_text(line: str, text_field: str) -> str:
     if text_field not in record:
         raise ValueError(
             f"no field data.text_field={text_field!r} among {', '.join(record)}; "
-            f"{nearest(text_field, record)}"
+            f"{did_you_mean(text_field, record)}"
         )
     text = record[text_field]
     if not isinstance(text, str):

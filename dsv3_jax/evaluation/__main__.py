@@ -26,9 +26,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from dsv3_jax.cli import add_model, errors_told
+from dsv3_jax.cli import add_model_options
 from dsv3_jax.data import Prompts, load_prompts
 from dsv3_jax.data.text import documents
+from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.evaluation.local_tasks import WORDNET, write_own_tasks
 from dsv3_jax.evaluation.perplexity import perplexity
 from dsv3_jax.evaluation.report import show
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model(parser)
+    add_model_options(parser)
     add = parser.add_argument
     add("--data", action="append", default=[], help="text for perplexity; may be repeated")
     add("--text-field", default="text", help="of JSON lines (default: %(default)s)")
@@ -68,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         report = evaluate(arguments)
     print(json.dumps(report, indent=1)) if arguments.json else show(report)
 

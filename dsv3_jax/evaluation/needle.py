@@ -21,9 +21,10 @@ from typing import NamedTuple
 import matplotlib.figure
 import numpy as np
 
-from dsv3_jax.cli import add_model, errors_told
+from dsv3_jax.cli import add_model_options
 from dsv3_jax.data import Prompts, load_prompts
 from dsv3_jax.data.needles import FILLER, NAMES, VALUES, begun, fact, filler
+from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
 from dsv3_jax.progress import bar
 from dsv3_jax.serving.generator import Generator
@@ -159,7 +160,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model(parser)
+    add_model_options(parser)
     add = parser.add_argument
     lengths = functools.partial(numbers, int, 1, float("inf"))
     depths = functools.partial(numbers, float, 0, 100)
@@ -183,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         for name in ("trials", "batch"):
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name}={getattr(arguments, name)} must be at least 1")

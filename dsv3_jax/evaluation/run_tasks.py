@@ -8,7 +8,7 @@ import datasets
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from dsv3_jax.config_cli import nearest
+from dsv3_jax.errors import did_you_mean
 from dsv3_jax.evaluation.harness import HarnessModel
 
 
@@ -39,7 +39,7 @@ def find_tasks(names: list[str], include: list[Path]) -> TaskManager:
     known = {*manager.all_tasks, "mmlu_dev", "wordnet"}
     for name in names:
         if name not in known:
-            raise KeyError(f"there is no task {name!r}; {nearest(name, known)}")
+            raise KeyError(f"there is no task {name!r}; {did_you_mean(name, known)}")
     return manager
 
 

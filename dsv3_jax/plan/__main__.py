@@ -19,9 +19,10 @@ import json
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax.cli import add_settings, errors_told
+from dsv3_jax.cli import add_set_option
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
+from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.flops import activated_parameters, training_flops_per_token
 from dsv3_jax.hardware import CHIPS, GIB, H800, Chip, chip_named, parse_topology, slice_shape
 from dsv3_jax.mesh_checks import check_mesh
@@ -60,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=float, help="tokens to pay for (default: all of the preset's run)")
     add("--step-seconds", type=float, help="also bill a step that you measured")
     add("--tunnel", type=Path, metavar="REPORT", help="also bill the step that the tunnel predicts")
-    add_settings(parser)
+    add_set_option(parser)
     add("--json", action="store_true", help="print everything as one JSON object")
     return parser.parse_args()
 
@@ -269,7 +270,7 @@ def make_plan(arguments: argparse.Namespace) -> dict:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         plan = make_plan(arguments)
     if arguments.json:
         print(json.dumps(plan))

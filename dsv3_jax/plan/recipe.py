@@ -5,8 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from dsv3_jax.config import Config
-from dsv3_jax.optimizer import bias_rate, learning_rate, mtp_weight
-from dsv3_jax.schedules import BatchSizes
+from dsv3_jax.schedules import BatchSizes, bias_update_speed, learning_rate, mtp_weight
 
 
 class Phase(NamedTuple):
@@ -45,6 +44,7 @@ def phases(config: Config) -> list[Phase]:
         last = max(sizes.step_at(stop) - 1, first)
         steps = map(jnp.int32, (first, last))
         rates = (float(learning_rate(optimizer, step, sizes.tokens(step))) for step in steps)
-        now = (mtp_weight(losses, jnp.float32(start)), bias_rate(losses, jnp.float32(start)))
+        tokens = jnp.float32(start)
+        now = (mtp_weight(losses, tokens), bias_update_speed(losses, tokens))
         found.append(Phase(start, stop, sizes.size(first), *rates, *map(float, now)))
     return found

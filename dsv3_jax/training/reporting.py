@@ -14,21 +14,7 @@ import rich.progress
 import tensorboardX
 from jax.typing import DTypeLike
 
-# Dense bfloat16 FLOP/s of one JAX device, by `device.device_kind`. Sources: the pages of Google
-# Cloud's TPU documentation on v4, v5e, v5p, v6e and TPU7x (2307e12 a chip of two devices); NVIDIA's
-# data sheets of A100, H100 SXM, H200 SXM and HGX B200 (half of their figures with sparsity).
-BF16_PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.5e12,
-    "NVIDIA H200": 989.5e12,
-    "NVIDIA B200": 2250e12,
-}
+from dsv3_jax.hardware import BF16_FLOPS
 
 
 class MetricsLog:
@@ -169,8 +155,8 @@ def device_peak(device: jax.Device, dtype: DTypeLike) -> tuple[float, str]:
 
     From the data sheet where it is known, else measured; CPU devices share their host's cores.
     """
-    if device.device_kind in BF16_PEAK and jnp.dtype(dtype) == jnp.bfloat16:
-        return BF16_PEAK[device.device_kind], "MFU"
+    if device.device_kind in BF16_FLOPS and jnp.dtype(dtype) == jnp.bfloat16:
+        return BF16_FLOPS[device.device_kind], "MFU"
     sharers = jax.local_device_count() if device.platform == "cpu" else 1
     return matmul_peak(dtype) / sharers, "of measured matmul peak"
 

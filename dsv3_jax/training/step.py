@@ -17,15 +17,9 @@ from dsv3_jax.losses import Batch, Losses, training_loss
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.optimizer import (
-    bias_rate,
-    learning_rate,
-    make_optimizer,
-    moved_bias,
-    mtp_weight,
-)
+from dsv3_jax.optimizer import make_optimizer, updated_bias
 from dsv3_jax.params import all_gather_params, map_params, param_specs, quantize_params
-from dsv3_jax.schedules import BatchSizes
+from dsv3_jax.schedules import BatchSizes, bias_update_speed, learning_rate, mtp_weight
 from dsv3_jax.shapes import Array, Float32, Int
 from dsv3_jax.training.batches import abstract_batch
 from dsv3_jax.training.pipelined import pipelined
@@ -105,9 +99,9 @@ def summarize(stats: RouterStats | None) -> RouterStats | None:
     return sums._replace(rounds=pmax_data(stats.rounds))
 
 
-def update_bias(bias: nnx.State, load: Array, rate: Array) -> nnx.State:
+def update_bias(bias: nnx.State, load: Array, speed: Array) -> nnx.State:
     """Every layer's balance bias moved by its load; `load` has the MoE layers first, MTP last."""
-    move = functools.partial(moved_bias, rate=rate)
+    move = functools.partial(updated_bias, speed=speed)
     return jax.tree.map(move, bias, by_layer(bias, load))
 
 
@@ -147,7 +141,7 @@ def make_step(
         params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
         bias = state.bias
         if stats is not None:
-            bias = update_bias(bias, stats.load, bias_rate(config.losses, tokens))
+            bias = update_bias(bias, stats.load, bias_update_speed(config.losses, tokens))
         norm, allowed = optax.tree.norm(grads), allowed_norm(state, config.guard)
         good = norm <= allowed  # not if it is not a number
         if stats is not None:

@@ -18,7 +18,7 @@ import jax
 import rich.console
 import rich.table
 
-from dsv3_jax.cli import errors_told
+from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.weights.convert import export_weights, import_weights, verify
 from dsv3_jax.weights.pretrained import start_mesh
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    with errors_told():
+    with errors_as_messages():
         match arguments.command:
             case "inspect":
                 print_summary(open_weights(arguments.folder))

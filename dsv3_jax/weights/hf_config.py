@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from dsv3_jax.config_cli import nearest
+from dsv3_jax.errors import did_you_mean
 
 # Our field -> theirs.
 MODEL = {
@@ -262,7 +262,7 @@ def _check_names(fields: Mapping, known: set[str], where: str):
     for name in sorted(fields.keys() - known):
         raise ValueError(
             f"{where}: field {name}={fields[name]!r} is not understood; if it has no effect on the "
-            f"model remove it; {nearest(name, known - IGNORED)}"
+            f"model remove it; {did_you_mean(name, known - IGNORED)}"
         )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsv3_jax.cli import DTYPES
+from dsv3_jax.config import WEIGHT_DTYPES
 from dsv3_jax.mesh_checks import check_model_mesh
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
@@ -47,8 +47,8 @@ def load_pretrained(
 
 def load_model(source: Source, dtype: str, mesh: str | Mesh | None) -> DeepSeekV3:
     """`load_pretrained` of what is open already."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(WEIGHT_DTYPES)}")
     mesh = mesh_of(mesh)
     spec = mesh_spec(mesh)
     check_model_mesh(source.config, spec)

@@ -16,7 +16,7 @@ def cross_entropy(rows, head, labels, share):
     return loss, d_logits @ head, d_logits.T @ rows
 
 
-def moved_bias(bias, load, rate):
+def updated_bias(bias, load, rate):
     """b_i + gamma if expert i had less than the mean load, b_i - gamma if more (sec. 2.1.2)."""
     out = np.array(bias, np.float64)
     for layer, experts in enumerate(np.asarray(load, np.float64)):
