@@ -211,7 +211,7 @@ def one_product(kind: str, folder: str, m: int, k: int, n: int):
     texts = [path.read_text() for path in Path(folder).glob("*final_bundles.txt")]
     (text,) = [t for t in texts if "hlo: grouped_scaled_matmul" in t]
     pieces = fp8_tpu.largest_divisor(k // depth, fp8_tpu.STEP // depth)
-    turns = pieces // fp8_tpu.largest_divisor(pieces, fp8_tpu.TOGETHER)
+    turns = pieces // fp8_tpu.largest_divisor(pieces, fp8_tpu.UNROLL)
     tiles, steps = -(-m // fp8_tpu.ROWS) * -(-n // fp8_tpu.COLUMNS), k // depth // pieces
     always, sometimes, inner = bundles(text)
     print(tiles * steps * (always + turns * inner) + tiles * sometimes)

@@ -37,8 +37,8 @@ class Op(NamedTuple):
         return "B" if self.kind == "X" else self.kind
 
 
-Slot = tuple[Op, ...]
-Program = list[Slot]
+GradTap = tuple[Op, ...]
+Program = list[GradTap]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Costs(NamedTuple):
     begin_back: float = 0.0
     end: float = 0.0
 
-    def of(self, slot: Slot, rank: int, stages: Stages) -> float:
+    def of(self, slot: GradTap, rank: int, stages: Stages) -> float:
         """Time of a slot. Of an F and a B of unequal size the rest runs by itself."""
         stage = {op: stages.stage(rank, op.chunk) for op in slot}
         size = {op: 1.0 if self.sizes is None else self.sizes[stage[op]] for op in slot}
@@ -219,7 +219,7 @@ def _two_way(place: int, depth: int, n_micro: int, mirrored: bool, second: int) 
             late.append((chunk, micro))
         return Op(kind, chunk, micro)
 
-    def weights() -> Slot:
+    def weights() -> GradTap:
         return (Op("W", *late.popleft()),)
 
     program: Program = [(op("F", 0),) for _ in range(2 * rest)]

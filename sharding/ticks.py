@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sharding.schedules import Costs, Schedule, Slot, Stages
+from sharding.schedules import Costs, GradTap, Schedule, Stages
 
 # Of F, B and W: whether there is one, chunk, micro-batch, and places: where the input waits, where
 # is kept what the backward needs, and what W needs. B has `b_split` if it is an X; `first` and
@@ -35,7 +35,7 @@ class Table:
     """Int32 [ticks ranks fields], and how many places of each kind a rank needs."""
 
     schedule: Schedule
-    slots: tuple[tuple[Slot, ...], ...]  # of every tick and rank, as the rows say in numbers
+    slots: tuple[tuple[GradTap, ...], ...]  # of every tick and rank, as the rows say in numbers
     rows: np.ndarray
     n_x: int  # activations that wait
     n_g: int  # gradients that wait
@@ -99,12 +99,12 @@ def table_of(schedule: Schedule) -> Table:
     return table
 
 
-def _ticks(schedule: Schedule) -> tuple[list[tuple[Slot, ...]], dict[tuple, int]]:
+def _ticks(schedule: Schedule) -> tuple[list[tuple[GradTap, ...]], dict[tuple, int]]:
     """The slot of every tick and rank, empty where it waits; and the tick of every (step, ...)."""
     n_ranks = schedule.stages.n_ranks
     at, when, slots = [0] * n_ranks, {}, []
     while any(at[rank] < len(program) for rank, program in enumerate(schedule.programs)):
-        row: list[Slot] = [()] * n_ranks
+        row: list[GradTap] = [()] * n_ranks
         for rank, program in enumerate(schedule.programs):
             if at[rank] < len(program):
                 slot = program[at[rank]]
@@ -133,7 +133,7 @@ def _places(intervals: Iterable[tuple[int, int, tuple]]) -> tuple[dict[tuple, in
     return place, len(free_from)
 
 
-def _numbers(slot: Slot, rank: int, stages: Stages, places: dict) -> dict[str, int]:
+def _numbers(slot: GradTap, rank: int, stages: Stages, places: dict) -> dict[str, int]:
     """What a slot puts into its row."""
     numbers = {"fused": int(len(slot) == 2)}
     for op in slot:

@@ -15,7 +15,8 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from reference.cases import assert_close
 
-from dsv3_jax.numerics import attention
+from dsv3_jax.numerics.attention import causal_attention
+from dsv3_jax.numerics.kernels import attention_ref, attention_tpu, pick
 
 N_ROWS, N_HEADS, LENGTH, KEY_DIM, VALUE_DIM, SCALE = 2, 3, 11, 7, 5, 0.3
 OWN = np.arange(LENGTH, dtype=np.int32)[None, :]
@@ -71,9 +72,9 @@ def program(chunk: int, spans: int = 8):
 
     def chunked(q, k, v, doc_start):
         with pytest.MonkeyPatch.context() as patch:  # in force while it is traced
-            patch.setattr(attention, "QUERY_CHUNK", chunk)
-            patch.setattr(attention, "SPANS", spans)
-            return attention.causal_attention(q, k, v, SCALE, doc_start)
+            patch.setattr(attention_ref, "QUERY_CHUNK", chunk)
+            patch.setattr(attention_ref, "SPANS", spans)
+            return causal_attention(q, k, v, SCALE, doc_start)
 
     return values_and_gradients(chunked)
 
@@ -106,9 +107,7 @@ def test_documents_do_not_see_each_other():
 
     @jax.jit
     def both(k, v):
-        out, pull = jax.vjp(
-            lambda k, v: attention.causal_attention(q, k, v, SCALE, doc_start), k, v
-        )
+        out, pull = jax.vjp(lambda k, v: causal_attention(q, k, v, SCALE, doc_start), k, v)
         return out, *pull(grad)
 
     first, other = slice(0, 3), slice(3, None)  # of row 0
@@ -135,8 +134,8 @@ def test_the_tpu_kernel(n_queries, text):
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, SCALE, begins), q, k, v)
         return out, *pull(grad)
 
-    fused = functools.partial(attention.fused_attention, interpret=True)
-    for got, want in zip(both(fused), both(attention.chunked_attention), strict=True):
+    fused = functools.partial(attention_tpu.splash_attention, interpret=True)
+    for got, want in zip(both(fused), both(attention_ref.attention), strict=True):
         assert_close(got, want)
 
 
@@ -144,7 +143,7 @@ def test_the_tpu_kernel(n_queries, text):
 def test_ready_made_blocks_of_the_mask(n_queries, n_keys):
     ours, plain = (
         mask((n_queries, n_keys), offset=n_keys - n_queries)
-        for mask in (attention._CausalMask, splash_attention_mask.CausalMask)
+        for mask in (attention_tpu._CausalMask, splash_attention_mask.CausalMask)
     )
     for query, key in itertools.product(range(0, n_queries, 128), range(0, n_keys, 64)):
         block = (slice(query, query + 128), slice(key, key + 64))
@@ -153,13 +152,14 @@ def test_ready_made_blocks_of_the_mask(n_queries, n_keys):
 
 def test_where_the_tpu_kernel_is_used(monkeypatch):
     """On TPUs, unless a length is no multiple of 128."""
-    monkeypatch.setattr(attention, "fused_attention", lambda *_: "kernel")
-    monkeypatch.setattr(attention, "chunked_attention", lambda *_: "products")
+    monkeypatch.setattr(attention_tpu, "splash_attention", lambda *_: "kernel")
+    monkeypatch.setattr(attention_ref, "attention", lambda *_: "reference")
 
     def used(n_queries, n_keys, platform):
         shapes = (n_queries, n_keys, n_keys)
         q, k, v = (np.zeros((1, 1, n, 4), np.float32) for n in shapes)
-        return inspect.unwrap(attention.causal_attention)(q, k, v, 1.0, None, platform)
+        attention = inspect.unwrap(pick.__wrapped__(platform).attention)
+        return attention(q, k, v, 1.0, None)
 
     assert used(128, 256, "tpu") == "kernel"
-    assert used(100, 256, "tpu") == used(128, 200, "tpu") == used(128, 256, "cpu") == "products"
+    assert used(100, 256, "tpu") == used(128, 200, "tpu") == used(128, 256, "cpu") == "reference"

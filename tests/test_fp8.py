@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from reference import fp8 as reference
 
-from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap, SavedInput, fp8_matmul, fp8_swiglu_matmul
+from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap, SavedInput, SwiGLUInput, fp8_matmul
 from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor, quantize
 
 # Codes are the same but where a float32 division lies on the other side of a tie; products are
@@ -97,7 +97,7 @@ def test_gated_product_keeps_its_input_and_computes_the_rest_again():
     grad = normal(2, 70, 96)
 
     def f(hidden, gates, w):
-        return fp8_swiglu_matmul(SavedInput(), hidden, gates, w)
+        return fp8_matmul(SavedInput(), SwiGLUInput(hidden, gates), w)
 
     y, pull = jax.vjp(f, hidden, gates, weight_of(w))
     d_hidden, d_gates, d_w = pull(jnp.asarray(grad))

@@ -12,9 +12,8 @@ from dsv3_jax.aot.compile import ENVIRONMENT
 from dsv3_jax.numerics.kernels.fp8_tpu import grouped_scaled_matmul, scaled_matmul, tile_schedule
 from dsv3_jax.numerics.kernels.fp8_wgrad_tpu import fp8_wgrad, grouped_fp8_wgrad
 from dsv3_jax.numerics.kernels.swiglu_tpu import swiglu_quantize
-from dsv3_jax.numerics.quantize import BLOCK, TILE, QuantizedTensor, dequantize, quantize
+from dsv3_jax.numerics.quantize import BLOCK, TILE, TILE_T, QuantizedTensor, dequantize, quantize
 
-TILE_T = (128, 1)
 EXACT = 1e-5  # of the largest value: both sum in float32 or wider
 N_ROWS = 600  # of the buffer: one shape, so one compilation
 GROUPS = {
@@ -163,7 +162,7 @@ def test_widths_that_differ_are_refused():
     (x, _), (w, _) = scaled(0, (4, 70), TILE), scaled(1, (70, 150), BLOCK)
     with pytest.raises(ValueError, match="weights of width 150 don't meet rows of width 70"):
         scaled_matmul(x, w, jnp.float32, transposed=True, interpret=True)
-    with pytest.raises(ValueError, match="4 rows of x don't meet 70 of g"):
+    with pytest.raises(ValueError, match="4 rows of x don't meet 70 of grad"):
         fp8_wgrad(x, w, interpret=True)
 
 
@@ -173,21 +172,20 @@ def activation(hidden, gates):
     return y if gates is None else y * gates[:, None]
 
 
-swiglu_in_a_program = jax.jit(swiglu_quantize, static_argnums=(2, 3))
+swiglu_in_a_program = jax.jit(functools.partial(swiglu_quantize, interpret=True))
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows, width", [(300, 256), (37, 140), (5, 64)])
-def test_swiglu_quantize(rows, width, dtype, power_of_two):
+def test_swiglu_quantize(rows, width, dtype):
     """Codes and scales of `quantize`. Gates from 32 on are their own silu: nothing is rounded."""
     rng = np.random.default_rng(0)
     hidden = rng.integers(-64, 64, size=(rows, 2 * width))
     hidden[:, :width] = np.abs(hidden[:, :width]) + 32
     hidden, gates = jnp.asarray(hidden, dtype), jnp.asarray(rng.integers(1, 9, rows) / 8, "float32")
     for weights in (None, gates):
-        want = quantize(activation(hidden, weights), TILE, power_of_two)
-        got = swiglu_in_a_program(hidden, weights, power_of_two, True)
+        want = quantize(activation(hidden, weights), TILE)
+        got = swiglu_in_a_program(hidden, weights)
         for part, wanted in zip(got, want, strict=True):
             assert part.dtype == wanted.dtype
             np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (part, wanted)))
@@ -198,13 +196,13 @@ def test_swiglu_quantize_of_any_numbers():
     rng = np.random.default_rng(0)
     hidden, gates = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((300, 512), (300,)))
     want = quantize(activation(hidden, gates), TILE)
-    got = swiglu_in_a_program(hidden, gates, False, True)
+    got = swiglu_in_a_program(hidden, gates)
     np.testing.assert_allclose(got.scale, want.scale, rtol=1e-6)
     codes, wanted = (np.asarray(x.values, np.float32) for x in (got, want))
     assert (codes != wanted).mean() < 1e-4
     np.testing.assert_allclose(codes, wanted, rtol=1 / 8)  # one code apart
     bad = hidden.at[7, 130].set(jnp.nan).at[8, 300].set(jnp.inf)
-    found = np.asarray(dequantize(swiglu_in_a_program(bad, gates, False, True), TILE))
+    found = np.asarray(dequantize(swiglu_in_a_program(bad, gates), TILE))
     assert np.isnan(found[7, 130]) and np.isnan(found[8, :128]).all()
     assert np.isfinite(np.delete(found, (7, 8), axis=0)).all()
 
@@ -232,7 +230,7 @@ def test_compiles_for_tpus(topology, monkeypatch):
     programs = {
         "grouped_scaled_matmul": (grouped_scaled_matmul, (x, w, sizes, jnp.bfloat16)),
         "grouped_fp8_wgrad": (grouped_fp8_wgrad, (*columns, sizes)),
-        "swiglu_quantize": (swiglu_quantize, (given((256, 512), jnp.bfloat16), None, True)),
+        "swiglu_quantize": (swiglu_quantize, (given((256, 512), jnp.bfloat16), None)),
     }
     for name, (function, arguments) in programs.items():
         static = tuple(i for i, x in enumerate(arguments) if not isinstance(x, tuple | type(sizes)))

@@ -25,7 +25,8 @@ from dsv3_jax.hardware import has_fp8_units
 from dsv3_jax.layer_scan import scan
 from dsv3_jax.model.block import MoEBlock
 from dsv3_jax.model.layers import SwiGLU
-from dsv3_jax.numerics.fp8 import Fp8Weight, QuantStats
+from dsv3_jax.numerics.fp8 import Fp8Weight
+from dsv3_jax.numerics.quant_stats import QuantStats
 from dsv3_jax.numerics.quantize import BLOCK, quantize
 from dsv3_jax.params import (
     all_gather_params,

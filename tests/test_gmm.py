@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from reference.grouped import assert_close, grouped_products
 
-from dsv3_jax.numerics.gmm import _block_sizes, grouped_matmul
+from dsv3_jax.numerics.gmm import grouped_matmul
+from dsv3_jax.numerics.kernels.gmm_ref import _block_sizes
 
 WIDTH, HIDDEN = 6, 5
 CASES = {
@@ -53,7 +54,7 @@ def run(rows, weights, grad, sizes, platform="cpu"):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_a_loop(case, platform):
-    """The walk, and the ragged product of TPUs, which XLA expands on the CPU."""
+    """The reference, and the ragged product of TPUs, which XLA expands on the CPU."""
     n_rows, sizes = CASES[case]
     arrays = inputs(n_rows, len(sizes))
     want = grouped_products(*arrays, sizes)

@@ -35,7 +35,8 @@ from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE, router_stats
 from dsv3_jax.model.router import choose_experts, expert_counts, sequence_balance
-from dsv3_jax.numerics import attention
+from dsv3_jax.numerics.attention import causal_attention
+from dsv3_jax.numerics.kernels import attention_ref
 from sharding.layout import Layout
 
 # Norm, feed-forward, rotary embedding
@@ -165,13 +166,13 @@ def test_attention_in_chunks(monkeypatch):
 
     def run(step):
         def fresh(q, k, v):  # a new function: jit does not see that the chunk has changed
-            return attention.causal_attention(q, k, v, 0.3)
+            return causal_attention(q, k, v, 0.3)
 
         def both(q, k, v, grad):
             out, pull = jax.vjp(fresh, q, k, v)
             return out, *pull(grad)
 
-        monkeypatch.setattr(attention, "QUERY_CHUNK", step)
+        monkeypatch.setattr(attention_ref, "QUERY_CHUNK", step)
         return jax.jit(both)(q, k, v, grad)
 
     for one, other in zip(run(3), run(512), strict=True):

@@ -9,7 +9,7 @@ import math
 
 from dsv3_jax.aot.hlo import Instruction, Shape
 from dsv3_jax.aot.op_cost import KERNELS, KernelFlops, Kernels
-from dsv3_jax.numerics.attention import KERNEL_BLOCK
+from dsv3_jax.numerics.kernels.attention_tpu import MAX_BLOCK
 
 
 def kernels(capacity_factor: float = 1.0) -> Kernels:
@@ -52,7 +52,7 @@ def _attention(n_key_matmuls: int, n_value_matmuls: int) -> KernelFlops:
         q, k, v = arrays[:3]  # [... T D], with heads and perhaps sequences in front
         *heads, n_queries, key_dim = q.dims
         past = k.dims[-2] - n_queries
-        pairs = n_queries * (past + (n_queries + min(KERNEL_BLOCK, n_queries)) / 2)
+        pairs = n_queries * (past + (n_queries + min(MAX_BLOCK, n_queries)) / 2)
         dims = n_key_matmuls * key_dim + n_value_matmuls * v.dims[-1]
         return 2.0 * math.prod(heads) * pairs * dims
 

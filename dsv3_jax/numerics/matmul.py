@@ -1,7 +1,7 @@
 """Products of activations with weights, whatever format the weights are in.
 
 A weight is an array, or an `Fp8Weight` where the policy says so, and in a pipeline stage either of
-them is `Deferred`: which it is is decided where weights are made ready for use, and no layer asks.
+them is `Deferred`: which of these is decided where weights are prepared for use, and no layer asks.
 """
 
 from typing import NamedTuple
@@ -10,38 +10,38 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.numerics.fp8 import Fp8Weight, SavedInput, fp8_matmul, fp8_swiglu_matmul
+from dsv3_jax.numerics.fp8 import Fp8Weight, SavedInput, SwiGLUInput, fp8_matmul
 from dsv3_jax.numerics.gmm import grouped_matmul
-from dsv3_jax.numerics.split_backward import Deferred, deferred_gated_product, deferred_product
-from dsv3_jax.numerics.swiglu import swiglu
+from dsv3_jax.numerics.kernels.swiglu_ref import swiglu
+from dsv3_jax.numerics.split_backward import Deferred, deferred_product
 from dsv3_jax.shapes import Array, Float, Int
 
 Weight = Array | Fp8Weight | Deferred
-NOT_SAVED = SavedInput()
+NOT_SAVED = SavedInput()  # a remat policy does not save the input
 
 
 class Groups(NamedTuple):
-    """Rows that are sorted by expert."""
+    """The groups of rows that are sorted by expert."""
 
     sizes: Int[Array, " e"]  # rows of each expert
     platform: str = "cpu"  # of the devices
 
 
 def matmul(
-    x: Float[Array, "*B D"], w: Weight, save: SavedInput = NOT_SAVED, groups: Groups | None = None
+    x: Float[Array, "*B D"],
+    w: Weight,
+    save: SavedInput = NOT_SAVED,
+    groups: Groups | None = None,
 ) -> Float[Array, "*B F"]:
-    """x W in the format of x; with groups, x is [r D] and rows of group i meet `W[i]`.
+    """Return x W in the dtype of x; with groups, x is [r D] and rows of group i meet `W[i]`.
 
     Args:
-        w: [D F], or [e D F] with groups: then what lies beyond the last one is unspecified.
-        save: what the backward finds of x.
+        w: [D F]; with groups [e D F], and rows beyond the last group are unspecified.
+        save: how x is saved for the backward.
     """
-    rows, sizes = x.reshape(-1, x.shape[-1]), None if groups is None else groups.sizes
-    if isinstance(w, Fp8Weight):
-        return fp8_matmul(save, rows, w, sizes).reshape(*x.shape[:-1], -1)
-    if isinstance(w, Deferred):
-        platform = "cpu" if groups is None else groups.platform
-        return deferred_product(save, rows, w, sizes, platform).reshape(*x.shape[:-1], -1)
+    if isinstance(w, Fp8Weight | Deferred):
+        y = _custom_matmul(save, x.reshape(-1, x.shape[-1]), w, groups)
+        return y.reshape(*x.shape[:-1], -1)
     x = x if save.name is None else checkpoint_name(x, save.name)
     if groups is None:
         return jnp.einsum("...D,DF->...F", x, w.astype(x.dtype))
@@ -55,25 +55,31 @@ def swiglu_matmul(
     gates: Float[Array, " r"] | None = None,
     groups: Groups | None = None,
 ) -> Float[Array, "*B D"]:
-    """(gates * SwiGLU(hidden)) W; otherwise as `matmul`, but `hidden` is what is kept.
+    """Return (gates * SwiGLU(hidden)) W; as `matmul`, but `hidden` is saved, not SwiGLU's output.
 
-    The gate multiplies the hidden layer, which is narrower than the result and, unlike it, at hand
-    in the backward.
+    The gates multiply the output of SwiGLU, which is narrower than the product and, unlike it, at
+    hand in the backward.
     """
-    rows, sizes = hidden.reshape(-1, hidden.shape[-1]), None if groups is None else groups.sizes
-    if isinstance(w, Fp8Weight):
-        return fp8_swiglu_matmul(save, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
-    if isinstance(w, Deferred) and isinstance(w.weight, Fp8Weight):
-        return deferred_gated_product(save, rows, gates, w, sizes).reshape(*hidden.shape[:-1], -1)
+    if isinstance(undeferred(w), Fp8Weight):
+        inputs = SwiGLUInput(hidden.reshape(-1, hidden.shape[-1]), gates)
+        return _custom_matmul(save, inputs, w, groups).reshape(*hidden.shape[:-1], -1)
     hidden = hidden if save.name is None else checkpoint_name(hidden, save.name)
     return matmul(swiglu(hidden, gates), w, NOT_SAVED, groups)
 
 
+def _custom_matmul(save: SavedInput, inputs, w: Fp8Weight | Deferred, groups: Groups | None):
+    """Return a product [r F] whose backward is our own: in FP8, or split in two."""
+    sizes, platform = (None, "cpu") if groups is None else groups
+    if isinstance(w, Deferred):
+        return deferred_product(save, inputs, w, sizes, platform)
+    return fp8_matmul(save, inputs, w, sizes)
+
+
 def undeferred(w: Weight) -> Array | Fp8Weight:
-    """The same weight with a gradient that is not deferred."""
+    """Return the same weight with a gradient that is not deferred."""
     return w.weight if isinstance(w, Deferred) else w
 
 
 def dequantized(w: Weight, dtype: jax.typing.DTypeLike) -> Array:
-    """The weight itself, for what is no product of FP8."""
+    """Return the weight as an array of numbers, for what is no FP8 product."""
     return w.dequantize(dtype) if isinstance(w, Fp8Weight) else w.astype(dtype)

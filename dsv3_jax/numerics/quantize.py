@@ -17,9 +17,10 @@ from dsv3_jax.shapes import Array, Float, Float32
 from sharding.dispatch import WireFormat
 
 E4M3, E4M3_MAX = jnp.dtype(jnp.float8_e4m3fn), 448.0
-TILE = (1, 128)  # activations: one scale per token and 128 channels
-TILE_T = (128, 1)  # what is summed over tokens: one scale per channel and 128 tokens
-BLOCK = (128, 128)  # weights
+BLOCK_SIZE = 128  # numbers along a dimension that share a scale
+TILE = (1, BLOCK_SIZE)  # activations: one scale per token and 128 channels
+TILE_T = (BLOCK_SIZE, 1)  # operands of a sum over tokens: one scale per channel and 128 tokens
+BLOCK = (BLOCK_SIZE, BLOCK_SIZE)  # weights
 AMAX_FLOOR = 1e-4  # of the published activation kernel: a block of zeros has a scale, too
 AMAX_TINY = E4M3_MAX * 2.0**-126  # below it, amax / 448 is no normal float32
 

@@ -12,8 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dsv3_jax.numerics import fp8, gmm
-from dsv3_jax.numerics.fp8 import Fp8Weight, SavedInput, WgradOperands
+from dsv3_jax.numerics.fp8 import (
+    Fp8Weight,
+    SavedInput,
+    SwiGLUInput,
+    WgradOperands,
+    fp8_matmul,
+    wgrad,
+    wgrad_operands,
+)
+from dsv3_jax.numerics.kernels import pick
 from dsv3_jax.numerics.quantize import QuantizedTensor
 from dsv3_jax.shapes import Array, Float, Float32, Int
 
@@ -35,12 +43,19 @@ class Deferred(NamedTuple):
     factors: WgradOperands | Shapes  # never read; their gradients are the factors of the weight's
 
 
-def deferred_product(save: SavedInput, x, w: Deferred, sizes, platform: str) -> Float[Array, "r F"]:
-    """x [r D] times W [D F]; with `sizes`, rows of group i times `W[i]`, as `grouped_matmul`."""
-    if isinstance(w.factors, Shapes):
-        _note(save, x, w, sizes)
-        return _forward(save, platform, x, w.weight, sizes)[0]
-    return _product(save, platform, x, w.weight, w.factors, sizes)
+def deferred_product(
+    save: SavedInput, inputs: Array | SwiGLUInput, w: Deferred, sizes, platform: str
+) -> Float[Array, "r F"]:
+    """x [r D] times W [D F], as `fp8_matmul` or `matmul`; a `SwiGLUInput` in FP8 alone."""
+    finding_shapes = isinstance(w.factors, Shapes)
+    if finding_shapes:
+        _note(inputs, w, sizes)
+    if isinstance(w.weight, Fp8Weight):
+        weight = w.weight if finding_shapes else w.weight._replace(tap=w.factors)
+        return fp8_matmul(save, inputs, weight, sizes)
+    if finding_shapes:
+        return _forward(save, platform, inputs, w.weight, sizes)[0]
+    return _product(save, platform, inputs, w.weight, w.factors, sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -49,25 +64,19 @@ def _product(save: SavedInput, platform: str, x, w, factors, sizes):
 
 
 def _forward(save: SavedInput, platform: str, x, w, sizes):
-    if isinstance(w, Fp8Weight):
-        return fp8.forward(save, x, w, sizes, training=True)
     x = x if save.name is None else checkpoint_name(x, save.name)
     if sizes is None:
         return jnp.einsum("rD,DF->rF", x, w.astype(x.dtype)), (x, w, sizes)
-    return gmm.gmm(x, w.astype(x.dtype), sizes, platform), (x, w, sizes)
+    return pick(platform).gmm(x, w.astype(x.dtype), sizes), (x, w, sizes)
 
 
-def _backward(save: SavedInput, platform: str, saved, grad):
-    x, w, sizes = saved[:3]
-    if isinstance(w, Fp8Weight):
-        d_x, factors, _ = fp8.backward(save, saved, grad)
-        return d_x, None, factors, None
+def _backward(save: SavedInput, platform: str, residuals, grad):
+    x, w, sizes = residuals
     if sizes is None:
-        d_x, groups = jnp.einsum("rF,DF->rD", grad, w.astype(grad.dtype)), None
+        d_x = jnp.einsum("rF,DF->rD", grad, w.astype(grad.dtype))
     else:
-        d_x = gmm.gmm(grad, w.astype(grad.dtype), sizes, platform, transposed=True)
-        groups = sizes.astype(jnp.float32)
-    return d_x, None, WgradOperands(x, grad, groups), None
+        d_x = pick(platform).gmm(grad, w.astype(grad.dtype), sizes, transposed=True)
+    return d_x, None, _operands(x, grad, sizes), None
 
 
 _product.defvjp(
@@ -75,50 +84,28 @@ _product.defvjp(
 )
 
 
-def deferred_gated_product(
-    save: SavedInput, hidden, gates, w: Deferred, sizes
-) -> Float[Array, "r D"]:
-    """(gates * SwiGLU(hidden)) W in FP8, of whose backward `hidden` is what is kept."""
-    if isinstance(w.factors, Shapes):
-        _note(SavedInput(), hidden[:, : hidden.shape[1] // 2], w, sizes)
-        return fp8.gated_forward(save, hidden, gates, w.weight, sizes)[0]
-    return _gated_product(save, hidden, gates, w.weight, w.factors, sizes)
+def _operands(x, grad, sizes) -> WgradOperands:
+    return WgradOperands(x, grad, None if sizes is None else sizes.astype(jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_product(save: SavedInput, hidden, gates, w, factors, sizes):
-    return fp8.gated_forward(save, hidden, gates, w, sizes)[0]
-
-
-def _gated_backward(save: SavedInput, saved, grad):
-    d_inputs, factors, _ = fp8.gated_backward(saved, grad)
-    return *d_inputs, None, factors, None
-
-
-_gated_product.defvjp(
-    lambda save, hidden, gates, w, factors, sizes: fp8.gated_forward(save, hidden, gates, w, sizes),
-    _gated_backward,
-)
-
-
-def _note(save: SavedInput, x, w: Deferred, sizes):
+def _note(inputs: Array | SwiGLUInput, w: Deferred, sizes):
     """Write down the shapes of the factors of a product."""
     if w.name in w.factors:
         raise ValueError(f"the weight {w.name} is used twice in a layer, so no gradient can wait")
-
-    def factors(x, w, sizes):
-        y, saved = _forward(save, "cpu", x, w, sizes)
-        return _backward(save, "cpu", saved, y)[2]
-
-    w.factors[w.name] = jax.eval_shape(factors, x, w.weight, sizes)
+    in_fp8 = isinstance(w.weight, Fp8Weight)
+    like = inputs.hidden if isinstance(inputs, SwiGLUInput) else inputs
+    dims = (w.weight.quantized.values if in_fp8 else w.weight).shape[-2:]
+    x, grad = (jax.ShapeDtypeStruct((like.shape[0], dim), like.dtype) for dim in dims)
+    operands = wgrad_operands if in_fp8 else _operands
+    w.factors[w.name] = jax.eval_shape(operands, x, grad, sizes)
 
 
 def weight_gradient(factors: WgradOperands, platform: str) -> Float32[Array, "..."]:
     """The gradient of a weight [D F] or [e D F], in float32."""
     x, grad, sizes = factors
     if isinstance(x, QuantizedTensor):
-        return fp8.wgrad(factors, platform)
+        return wgrad(factors, platform)
     if sizes is None:
         return jnp.einsum("rD,rF->DF", x, grad, preferred_element_type=jnp.float32)
     groups: Int[Array, " e"] = sizes.astype(jnp.int32)
-    return gmm.tgmm(x, grad, groups, platform, jnp.float32)
+    return pick(platform).tgmm(x, grad, groups, jnp.float32)

@@ -16,7 +16,7 @@ from flax import nnx
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.losses import PIECE
 from dsv3_jax.model.deepseek import abstract_model
-from dsv3_jax.numerics.attention import QUERY_CHUNK, SPANS
+from dsv3_jax.numerics.kernels.attention_ref import QUERY_CHUNK, SPANS
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import E4M3, TILE
 from dsv3_jax.training.state import layout_of, parts_of

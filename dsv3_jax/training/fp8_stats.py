@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.losses import Batch, training_loss
-from dsv3_jax.numerics.fp8 import QuantStats
+from dsv3_jax.numerics.quant_stats import QuantStats
 from dsv3_jax.params import named_arrays, zero_quant_stats
 from dsv3_jax.training.evaluate import model_in_region
 from sharding.collectives import psum_data

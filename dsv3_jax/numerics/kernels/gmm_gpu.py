@@ -4,7 +4,7 @@ A program of the grid owns one tile of the result and keeps its float32 sum in r
 of the product lies in one group, so it needs one expert's matrix; it starts where a group starts or
 a whole number of tiles behind, so rows need no padding, and what it would cover of the next group
 is masked. How many row tiles there are depends on the sizes of the groups: the grid has as many as
-there could be, and those too many return at once. The work is that of the rows that exist.
+there could be, and the surplus ones return at once. The work is that of the rows that exist.
 """
 
 import functools
@@ -22,7 +22,7 @@ BAND = 8  # row tiles that go through the columns together, and share their weig
 
 
 class _Tiles(NamedTuple):
-    """Sizes of a program's tile of the result and of a step of its sum; powers of two."""
+    """The sizes of a program's tile of the result and of a step of its sum; powers of two."""
 
     rows: int
     columns: int
@@ -32,7 +32,7 @@ class _Tiles(NamedTuple):
 
 
 class _RowTiles(NamedTuple):
-    """Expert of each row tile, and its rows from `start` on; none where `stop <= start`."""
+    """The expert of each row tile, and its rows from `start` on; none where `stop <= start`."""
 
     expert: Array  # [tiles]
     start: Array  # [tiles]
@@ -44,13 +44,14 @@ def gmm(
     weights: Float[Array, "e _ _"],
     sizes: Int[Array, " e"],
     transposed: bool = False,
+    *,
     interpret: bool = False,
 ) -> Float[Array, "r _"]:
-    """Rows of group i times `weights[i]`; beyond the last group the result is not written.
+    """Return rows of group i times `weights[i]`; beyond the last group the result is not written.
 
     Args:
         rows: sorted by group.
-        weights: [e D F], one matrix a group, of the rows' dtype.
+        weights: [e D F], one matrix per group, of the rows' dtype.
         sizes: rows of each group; their sum is at most r.
         transposed: weights are [e F D], and their transposes are meant.
         interpret: run the kernel's steps as XLA operations, on any platform.
@@ -65,7 +66,7 @@ def gmm(
     tiles = _tiles(rows.dtype, n_rows // n_groups)
     found = row_tiles(sizes, n_rows, tiles.rows)
     return pl.pallas_call(
-        functools.partial(_product_kernel, tiles=tiles, transposed=transposed),
+        functools.partial(_gmm_kernel, tiles=tiles, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((n_rows, columns), rows.dtype),
         grid=(BAND, pl.cdiv(columns, tiles.columns), found.start.size // BAND),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
@@ -79,9 +80,10 @@ def tgmm(
     grad: Float[Array, "r F"],
     sizes: Int[Array, " e"],
     dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
     interpret: bool = False,
 ) -> Float[Array, "e D F"]:
-    """Transposed rows of group i times its rows of `grad`, summed in float32; 0 for no rows.
+    """Return transposed rows of group i times its rows of `grad`, summed in float32; 0 for no rows.
 
     Args:
         rows: sorted by group.
@@ -94,7 +96,7 @@ def tgmm(
     tiles = _tiles(rows.dtype, width)
     stop = jnp.cumsum(sizes.astype(jnp.int32))
     return pl.pallas_call(
-        functools.partial(_outer_kernel, tiles=tiles),
+        functools.partial(_tgmm_kernel, tiles=tiles),
         out_shape=jax.ShapeDtypeStruct((sizes.size, width, columns), dtype),
         grid=(pl.cdiv(columns, tiles.columns), pl.cdiv(width, tiles.rows), sizes.size),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
@@ -104,7 +106,10 @@ def tgmm(
 
 
 def _tiles(dtype: jnp.dtype, n_rows: int) -> _Tiles:
-    """For results of so many rows a group: as large as registers allow, but not much larger."""
+    """Return the tile sizes for results of `n_rows` rows per group, as large as registers allow.
+
+    Tiles are not much larger than the result.
+    """
     rows = min(pl.next_power_of_2(max(n_rows, 16)), 128)
     if dtype.itemsize > 2:
         return _Tiles(min(rows, 64), 64, 32, 4, 3)
@@ -112,7 +117,7 @@ def _tiles(dtype: jnp.dtype, n_rows: int) -> _Tiles:
 
 
 def row_tiles(sizes: Int[Array, " e"], n_rows: int, tile: int) -> _RowTiles:
-    """Of all groups in turn, then those too many, which lie behind the last group."""
+    """Return the row tiles of all groups in turn, then surplus ones behind the last group."""
     sizes = sizes.astype(jnp.int32)
     n_tiles = -(-sizes // tile)
     group_stop, tile_stop = jnp.cumsum(sizes), jnp.cumsum(n_tiles)
@@ -124,7 +129,7 @@ def row_tiles(sizes: Int[Array, " e"], n_rows: int, tile: int) -> _RowTiles:
     return _RowTiles(expert, start, group_stop[expert])
 
 
-def _product_kernel(
+def _gmm_kernel(
     expert_ref, start_ref, stop_ref, rows_ref, weights_ref, out_ref, *, tiles, transposed
 ):
     i = pl.program_id(2) * BAND + pl.program_id(0)
@@ -150,8 +155,8 @@ def _product_kernel(
         store(out_ref, (), (start, column), total, (stop, n_columns))
 
 
-def _outer_kernel(start_ref, stop_ref, rows_ref, grad_ref, out_ref, *, tiles):
-    """The sum goes over rows of the group; both factors are 0 beyond."""
+def _tgmm_kernel(start_ref, stop_ref, rows_ref, grad_ref, out_ref, *, tiles):
+    """Sum over rows of the group; both operands are 0 beyond."""
     expert = pl.program_id(2)
     row, column = pl.program_id(1) * tiles.rows, pl.program_id(0) * tiles.columns
     start, stop = start_ref[expert], stop_ref[expert]
@@ -169,7 +174,7 @@ def _outer_kernel(start_ref, stop_ref, rows_ref, grad_ref, out_ref, *, tiles):
 
 
 def load(ref, matrix, starts, shape, limits):
-    """The tile at `starts` of a matrix, 0 from `limits` on."""
+    """Return the tile at `starts` of a matrix, 0 from `limits` on."""
     where = tuple(pl.ds(start, size) for start, size in zip(starts, shape, strict=True))
     mask = _mask(starts, shape, limits)
     other = None if mask is None else 0.0
@@ -184,7 +189,7 @@ def store(ref, matrix, starts, value, limits):
 
 
 def _mask(starts, shape, limits):
-    """Which elements lie before the limits; None where tiles fill the matrix."""
+    """Return the mask of elements before the limits; None where tiles fill the matrix."""
     mask = None
     for dim, (start, size, limit) in enumerate(zip(starts, shape, limits, strict=True)):
         if isinstance(limit, int) and limit % size == 0:
