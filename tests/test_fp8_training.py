@@ -275,7 +275,7 @@ def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="add --set precision=fp8"):
         override(tiny, "fp8_stats=True")
     chosen = override(tiny, "precision=fp8").precision
-    assert (chosen.compute, chosen.products, chosen.dispatch) == ("bfloat16", "fp8", "fp8")
+    assert (chosen.compute, chosen.matmul, chosen.dispatch) == ("bfloat16", "fp8", "fp8")
 
 
 def test_weights_of_another_format_are_refused():
