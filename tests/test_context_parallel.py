@@ -16,10 +16,10 @@ from reference.stages import parameters
 
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
-from dsv3_jax.data.packing import document_starts, slices
+from dsv3_jax.data.packing import Row, document_starts
 from dsv3_jax.losses import Batch
 from dsv3_jax.mesh_checks import check_mesh
-from dsv3_jax.training.batches import abstract_batch, batch_of
+from dsv3_jax.training.batches import abstract_batch, context_slices, device_batch
 from dsv3_jax.training.step import loss_and_gradients
 from sharding import context_parallel
 from sharding.context_parallel import gather_sequence, heads_to_seq, psum_sequence, seq_to_heads
@@ -52,6 +52,12 @@ def text() -> np.ndarray:
     return np.where(ends, END, tokens)
 
 
+def rows_with_targets(tokens: np.ndarray, config: Config) -> Row:
+    """Rows as packed text gives them."""
+    doc_start = document_starts(tokens, END) if config.data.mask_documents else None
+    return Row(tokens, np.ones(tokens.shape, bool), doc_start)
+
+
 @functools.cache
 def program(mesh_text: str, config: Config):
     return jax.jit(loss_and_gradients(config, *placed(mesh_text, config)))
@@ -61,7 +67,8 @@ def run(mesh_text: str, config: Config, batch: Batch | None = None):
     """(losses, statistics, gradients) of the program on a mesh, as NumPy arrays."""
     mesh, _ = placed(mesh_text, config)
     if batch is None:
-        batch = batch_of(text()[:, : LENGTH + 1 + config.model.mtp_depth], config, mesh, END)
+        tokens = text()[:, : LENGTH + 1 + config.model.mtp_depth]
+        batch = Batch(*device_batch(rows_with_targets(tokens, config), config, mesh))
     found = program(mesh_text, config)(*parameters(config), batch, np.float32(0.3), None)
     return jax.tree.map(np.asarray, found)
 
@@ -175,27 +182,29 @@ def test_where_slices_lie(mesh, context):
     """Neighbouring devices have the slices of the same sequences, with the documents' starts."""
     config = config_with(DOCUMENTS, f"parallel.context={context}")
     mesh, tokens, length = make_mesh(parse_mesh(mesh)), text(), LENGTH // context
-    batch = batch_of(tokens[:-1], config, mesh, END)  # the last row is missing
-    rows = BATCH_SIZE * context // 8  # of a device
+    rows = rows_with_targets(tokens[:-1], config)  # the last row is missing
+    batch = Batch(*device_batch(rows, config, mesh))
+    n_rows = BATCH_SIZE * context // 8  # of a device
     starts = document_starts(tokens, END)
     for device, shard in enumerate(batch.tokens.addressable_shards):
         group, part = divmod(device, context)
-        for row in range(rows):
-            sequence, there = group * rows + row, slice(part * length, (part + 1) * length + EXTRA)
+        for row in range(n_rows):
+            sequence = group * n_rows + row
+            there = slice(part * length, (part + 1) * length + EXTRA)
             there_is_one = sequence < BATCH_SIZE - 1
             found = [np.asarray(x.addressable_shards[device].data)[row] for x in batch]
             assert (found[1] == there_is_one).all()
             if there_is_one:
                 np.testing.assert_array_equal(found[0], tokens[sequence, there])
                 np.testing.assert_array_equal(found[2], starts[sequence, there])
-        assert shard.data.shape == (rows, length + EXTRA)
+        assert shard.data.shape == (n_rows, length + EXTRA)
     want = [(x.shape, x.dtype, x.sharding) for x in abstract_batch(config, mesh)]
     assert [(x.shape, x.dtype, x.sharding) for x in batch] == want
 
 
 def test_slices_are_rows_of_a_shorter_length():
     tokens = np.arange(3 * (12 + EXTRA)).reshape(3, -1)
-    got = rearrange(slices(tokens, 4, EXTRA), "n b w -> b n w")
+    got = rearrange(context_slices(tokens, 4, EXTRA), "n b w -> b n w")
     for row, parts in zip(tokens, got, strict=True):
         np.testing.assert_array_equal(parts, [row[i : i + 3 + EXTRA] for i in (0, 3, 6, 9)])
 

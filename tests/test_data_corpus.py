@@ -199,14 +199,24 @@ def test_large_vocabularies_are_stored_as_uint32(data):
 def test_rows_overlap_by_extra_and_cover_every_input_once():
     rows = PackedRows(np.arange(50, dtype=np.uint16), seq_len=8, extra=3)
     assert len(rows) == 5
-    assert [row.dtype for row in rows] == [np.int32] * 5
-    np.testing.assert_array_equal(np.concatenate([row[:8] for row in rows]), np.arange(40))
-    np.testing.assert_array_equal(rows[4], np.arange(32, 43))
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[1], rows[1])
+    assert [row.tokens.dtype for row in rows] == [np.int32] * 5
+    np.testing.assert_array_equal(np.concatenate([row.tokens[:8] for row in rows]), np.arange(40))
+    np.testing.assert_array_equal(rows[4].tokens, np.arange(32, 43))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[1].tokens, rows[1].tokens)
     with pytest.raises(IndexError):
         rows[5]
     assert len(PackedRows(np.arange(43), seq_len=8, extra=3)) == 5
     assert len(PackedRows(np.arange(42), seq_len=8, extra=3)) == 4
+
+
+def test_rows_of_text_have_targets_everywhere_and_documents_where_they_are_masked():
+    tokens = np.array([5, 0, 6, 7, 0, 8, 9, 6, 5], np.uint16)
+    plain, masked = (PackedRows(tokens, 4, 2, end_id)[0] for end_id in (None, 0))
+    for row in (plain, masked):
+        assert row.loss_mask.dtype == bool and row.loss_mask.shape == (6,) and row.loss_mask.all()
+    assert plain.doc_start is None
+    np.testing.assert_array_equal(masked.doc_start, [0, 0, 2, 2, 2, 5])
+    np.testing.assert_array_equal(PackedRows(tokens, 4, 2, 0)[0].tokens, tokens[:6])
 
 
 def test_text_shorter_than_a_row(data):

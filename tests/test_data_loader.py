@@ -1,5 +1,8 @@
 """Batches: every row once an epoch, the same for any number of processes, exact resume."""
 
+import itertools
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -15,7 +18,7 @@ def loader_of(rows, batch: int = 4, **how) -> Loader:
 
 
 def take(loader: Loader, n: int) -> list[np.ndarray]:
-    return [next(loader)["tokens"] for _ in range(n)]
+    return [next(loader).rows.tokens for _ in range(n)]
 
 
 def test_batches_have_the_rows_shape_and_type():
@@ -89,8 +92,9 @@ def test_batches_that_grow_cut_the_same_order(count, begin):
 
 
 def test_batches_say_which_rows_they_are():
-    for batch in (next(loader_of(SMALL, batch=5, seed=3)) for _ in range(3)):
-        np.testing.assert_array_equal(batch["rows"], batch["tokens"][:, 0] // 8)
+    loader = loader_of(SMALL, batch=5, seed=3)
+    for batch in (next(loader) for _ in range(3)):
+        np.testing.assert_array_equal(batch.indices, batch.rows.tokens[:, 0] // 8)
 
 
 def test_a_process_reads_only_its_own_rows():
@@ -121,20 +125,18 @@ def test_state_of_one_process_count_resumes_another():
     take(pair, 5)
     alone = loader_of(SMALL, batch=4)
     alone.start(pair.step, pair.row)
-    np.testing.assert_array_equal(next(alone)["tokens"][:2], next(pair)["tokens"])
+    np.testing.assert_array_equal(next(alone).rows.tokens[:2], next(pair).rows.tokens)
 
 
 def test_eval_batches_are_the_first_rows_in_order():
     batches = eval_batches(SMALL, batch=4, n_batches=8)
     assert len(batches) == 2
-    got = np.concatenate([batch["tokens"] for batch in batches])
+    got = np.concatenate([batch.tokens for batch in batches])
     np.testing.assert_array_equal(got[:, 0] // 8, np.arange(8))
     assert len(eval_batches(SMALL, batch=4, n_batches=1)) == 1
     halves = [eval_batches(SMALL, batch=4, n_batches=8, process=(p, 2)) for p in range(2)]
     for whole, *parts in zip(batches, *halves, strict=True):
-        np.testing.assert_array_equal(
-            whole["tokens"], np.concatenate([part["tokens"] for part in parts])
-        )
+        np.testing.assert_array_equal(whole.tokens, np.concatenate([part.tokens for part in parts]))
 
 
 def test_bad_batches():
@@ -144,3 +146,85 @@ def test_bad_batches():
         loader_of(SMALL, batch=6, process=(0, 4))
     with pytest.raises(ValueError, match="process index 2 must lie in 0..1"):
         loader_of(SMALL, batch=6, process=(2, 2))
+
+
+# Sources with fields of their own, and without random access
+
+
+class Weighted(NamedTuple):
+    """A row as post-training makes it."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    advantages: np.ndarray
+
+
+def weighted_rows(n: int) -> list[Weighted]:
+    rng = np.random.default_rng(0)
+    return [
+        Weighted(np.arange(i, i + 6, dtype=np.int32), rng.uniform(size=6) < 0.5, rng.normal(size=6))
+        for i in range(n)
+    ]
+
+
+def test_rows_keep_their_type_and_all_fields():
+    rows = weighted_rows(9)
+    for batch in (next(loader_of(rows, batch=4, seed=1)) for _ in range(3)):
+        assert type(batch.rows) is Weighted
+        for name in Weighted._fields:
+            want = np.stack([getattr(rows[index], name) for index in batch.indices])
+            np.testing.assert_array_equal(getattr(batch.rows, name), want, strict=True)
+    (batch,) = itertools.islice(loader_of([row._asdict() for row in rows], shuffle=False), 1)
+    assert batch.rows.keys() == set(Weighted._fields)
+    np.testing.assert_array_equal(batch.rows["advantages"][2], rows[2].advantages)
+
+
+class Stream:
+    """Rows that can only be iterated, each time from the first."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def __iter__(self):
+        yield from weighted_rows(self.n)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_iterable_gives_its_rows_in_order_once(count):
+    """Steps of 2, then of 4 rows; of the 15 rows the last one fills no batch."""
+    sizes = BatchSizes((0, 3), (2, 4), 1)
+    loaders = [Loader(Stream(15), sizes, process=(p, count)) for p in range(count)]
+    batches = list(zip(*loaders, strict=True))
+    tokens = [np.concatenate([part.rows.tokens for part in parts]) for parts in batches]
+    assert [len(batch) for batch in tokens] == [2, 2, 2, 4, 4]
+    np.testing.assert_array_equal(np.concatenate(tokens)[:, 0], np.arange(14))
+    indices = np.concatenate([part.indices for parts in batches for part in parts])
+    np.testing.assert_array_equal(indices, np.arange(14))
+    assert {(loader.step, loader.row) for loader in loaders} == {(5, 14)}
+
+
+@pytest.mark.parametrize("process", [(0, 1), (1, 2)])
+def test_an_iterable_resumes_exactly(process):
+    unbroken = loader_of(Stream(30), process=process)
+    take(unbroken, 3)
+    place = (unbroken.step, unbroken.row)
+    expected = take(unbroken, 4)
+    fresh = loader_of(Stream(30), process=process)
+    for loader in (fresh, unbroken):  # on to the place, and back to it
+        loader.start(*place)
+        np.testing.assert_array_equal(take(loader, 4), expected)
+
+
+def test_an_iterator_goes_on_but_not_back():
+    loader = loader_of(iter(weighted_rows(30)))
+    loader.start(2, 8)
+    np.testing.assert_array_equal(take(loader, 1)[0][:, 0], np.arange(8, 12))
+    with pytest.raises(ValueError, match="has passed row 12 and cannot go back to row 8"):
+        loader.start(2, 8)
+
+
+def test_an_iterable_is_not_read_ahead():
+    read = []
+    loader = loader_of(read.append(row) or row for row in weighted_rows(30))
+    take(loader, 2)
+    assert len(read) == 8

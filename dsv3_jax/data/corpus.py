@@ -60,9 +60,10 @@ def load(data: DataConfig, *, vocab_size: int, seq_len: int, extra: int) -> Corp
     train, held_out = (
         np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("train", "held_out")
     )
+    end_id = tokenizer.eos_id if data.mask_documents else None
     return Corpus(
-        train=PackedRows(train, seq_len, extra),
-        held_out=PackedRows(held_out, seq_len, extra),
+        train=PackedRows(train, seq_len, extra, end_id),
+        held_out=PackedRows(held_out, seq_len, extra, end_id),
         tokenizer=tokenizer,
         unigram_entropy=unigram_entropy(held_out),
         n_train_tokens=len(train),

@@ -1,10 +1,15 @@
-"""Documents laid end to end, read back as rows that overlap by the tokens to be predicted."""
+"""Documents laid end to end, read back as rows that overlap by the tokens to be predicted.
+
+A row carries what the loss must know about each token. Rows of packed text are made here; other
+sources (conversations, rollouts) make their own, and the rest of the way to the loss is the same.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Bool, Int32, Integer
 from rich.console import Console
 from rich.progress import track
 
@@ -12,6 +17,18 @@ from dsv3_jax.data.tokenizer import Tokenizer
 
 TEXTS_PER_CALL = 64
 Encode = Callable[[str, int], list[int]]
+
+
+class Row(NamedTuple):
+    """One row of a batch, or (stacked) several: T inputs, and the 1 + D tokens behind them.
+
+    D is the MTP depth. `doc_start` is the position in the row where each token's document begins;
+    without it, tokens attend to all tokens before them.
+    """
+
+    tokens: Int32[np.ndarray, "*b W"]
+    loss_mask: Bool[np.ndarray, "*b W"]  # tokens that count as targets
+    doc_start: Int32[np.ndarray, "*b W"] | None = None
 
 
 def tokenize(
@@ -46,7 +63,11 @@ class PackedRows:
     """Rows of `seq_len` inputs and the `extra` tokens after them that targets need.
 
     Row i starts at token `i * seq_len`, so consecutive rows share `extra` tokens and each token is
-    an input once. `extra` is 1 for the next token plus 1 a multi-token-prediction depth.
+    an input once. All tokens are targets.
+
+    Args:
+        extra: 1 for the next token plus 1 per multi-token-prediction depth.
+        end_id: the token behind every document, if documents must not see each other.
 
     Raises:
         ValueError: the text is shorter than a row.
@@ -55,6 +76,7 @@ class PackedRows:
     tokens: Integer[np.ndarray, " T"]
     seq_len: int
     extra: int
+    end_id: int | None = None
 
     def __post_init__(self):
         if len(self.tokens) < self.seq_len + self.extra:
@@ -67,22 +89,18 @@ class PackedRows:
     def __len__(self) -> int:
         return (len(self.tokens) - self.extra) // self.seq_len
 
-    def __getitem__(self, index: int) -> Int32[np.ndarray, " row"]:
+    def __getitem__(self, index: int) -> Row:
         start = range(len(self))[index] * self.seq_len
-        return self.tokens[start : start + self.seq_len + self.extra].astype(np.int32)
+        tokens = self.tokens[start : start + self.seq_len + self.extra].astype(np.int32)
+        doc_start = None if self.end_id is None else document_starts(tokens, self.end_id)
+        return Row(tokens, np.ones(tokens.shape, bool), doc_start)
 
 
-def document_starts(rows: Integer[np.ndarray, "b row"], end_id: int) -> Int32[np.ndarray, "b row"]:
-    """The place in its row where each token's document begins: behind the last end before it."""
-    behind = np.where(rows == end_id, np.arange(1, rows.shape[1] + 1, dtype=np.int32), 0)
-    behind = np.pad(behind[:, :-1], ((0, 0), (1, 0)))
-    return np.maximum.accumulate(behind, axis=1, dtype=np.int32)
-
-
-def slices(rows: np.ndarray, n: int, extra: int) -> np.ndarray:
-    """Each row [b W] as `n` shorter ones [n b w], which share `extra` tokens as rows do."""
-    length = (rows.shape[1] - extra) // n
-    return np.stack([rows[:, i * length : (i + 1) * length + extra] for i in range(n)])
+def document_starts(tokens: Integer[np.ndarray, "*b W"], end_id: int) -> Int32[np.ndarray, "*b W"]:
+    """Return the position where each token's document begins: behind the last end before it."""
+    starts = np.where(tokens == end_id, np.arange(1, tokens.shape[-1] + 1, dtype=np.int32), 0)
+    before = np.concatenate([np.zeros_like(starts[..., :1]), starts[..., :-1]], axis=-1)
+    return np.maximum.accumulate(before, axis=-1, dtype=np.int32)
 
 
 def unigram_entropy(tokens: Integer[np.ndarray, " T"]) -> float:

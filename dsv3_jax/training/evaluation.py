@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from dsv3_jax import data
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.training.batches import batch_of
+from dsv3_jax.losses import Batch
+from dsv3_jax.training.batches import device_batch
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
 from dsv3_jax.training.fp8_stats import make_fp8_stats, shares
 from dsv3_jax.training.state import layout_of
@@ -42,8 +43,7 @@ class HeldOut:
         self, params: nnx.State, bias: nnx.State, mean: nnx.State | None
     ) -> dict[str, float]:
         """Losses of the weights, and of their mean if there is one; a row of the metrics."""
-        where = (self._config, self._mesh, self._corpus.tokenizer.eos_id)
-        batches = [batch_of(rows["tokens"], *where) for rows in self._rows]
+        batches = [Batch(*device_batch(rows, self._config, self._mesh)) for rows in self._rows]
 
         def losses(weights: nnx.State) -> tuple[float, float]:
             found = [self._losses(weights, bias, batch) for batch in batches]
@@ -61,7 +61,7 @@ class HeldOut:
     def sample(self, params: nnx.State, bias: nnx.State) -> tuple[str, str]:
         """Prompt from the held-out text, and what the model makes of it."""
         shares, new = self._layout.mesh.n_data_shards, self._config.train.sample_tokens
-        prompt = np.asarray(self._corpus.held_out[0][:16])
+        prompt = np.asarray(self._corpus.held_out[0].tokens[:16])
         rows = np.zeros((shares, prompt.size + new), np.int32)
         rows[:, : prompt.size] = prompt
         keys = jax.random.split(jax.random.key(self._config.train.seed), shares)

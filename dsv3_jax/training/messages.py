@@ -7,6 +7,7 @@ import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.loader import RowBatch
 from dsv3_jax.hardware import has_fp8_units
 from dsv3_jax.mesh_checks import why_not
 from dsv3_jax.pipeline_plan import Pipeline
@@ -86,11 +87,11 @@ def why_skipped(numbers: Metrics, model: ModelConfig) -> str:
     return "; ".join(reasons)
 
 
-def identity(rows: dict[str, np.ndarray], begin: int, size: int) -> str:
+def identity(batch: RowBatch, begin: int, size: int) -> str:
     """What a batch can be found again by: its place in the order, its rows of the text, a CRC."""
-    numbers = rows["rows"]
-    some = " ".join(map(str, numbers[:8].tolist())) + " ..." * (len(numbers) > 8)
-    crc = zlib.crc32(np.ascontiguousarray(rows["tokens"]).tobytes())
+    indices = batch.indices
+    some = " ".join(map(str, indices[:8].tolist())) + " ..." * (len(indices) > 8)
+    crc = zlib.crc32(np.ascontiguousarray(batch.rows.tokens).tobytes())
     return (
         f"sequences {begin:,} to {begin + size - 1:,} of the order, here rows {some} of the text, "
         f"CRC-32 {crc:08x}"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import rich.console
 import rich.text
 from jax.experimental import multihost_utils
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from dsv3_jax import data
 from dsv3_jax.checkpoint import CheckpointManager, SaveFailed
 from dsv3_jax.config import Config
+from dsv3_jax.data.loader import RowBatch
 from dsv3_jax.flops import training_flops_per_token
 from dsv3_jax.losses import Batch
 from dsv3_jax.mesh_checks import check_mesh
@@ -25,7 +25,7 @@ from dsv3_jax.pipeline_plan import pipeline_of
 from dsv3_jax.schedules import BatchSizes, with_batch
 from dsv3_jax.training import messages, plots, reporting
 from dsv3_jax.training.audit import Copies, paces, slow_devices
-from dsv3_jax.training.batches import batch_of
+from dsv3_jax.training.batches import device_batch
 from dsv3_jax.training.ema import HostEma
 from dsv3_jax.training.evaluation import HeldOut
 from dsv3_jax.training.expert_load import LoadHistory
@@ -52,7 +52,7 @@ class Pending(NamedTuple):
 
     step: int
     numbers: Metrics  # on the device
-    rows: dict[str, np.ndarray]  # of its batch
+    batch: RowBatch  # its rows on this process
     begin: int  # its first sequence in the order
 
 
@@ -77,7 +77,6 @@ class Run:
         )
         if process == 0:
             self.corpus.tokenizer.save(workdir / "tokenizer.json")
-        self._where = (config, self.mesh, self.corpus.tokenizer.eos_id)
         self.sizes = BatchSizes.of(train)
         share = process_batch_shard(self.mesh, config.parallel.context)
         self.loader = data.Loader(self.corpus.train, self.sizes, train.seed, share)
@@ -180,17 +179,18 @@ class Run:
         while self.first < self.config.train.steps and not self._stops():
             begin, acts = self.loader.row, self._due(self.first + 1)
             with self.ledger.spent_on("data"):
-                rows = next(self.loader)
+                loaded = next(self.loader)
             new = self.sizes.size(self.first) not in self.programs
             if pending is not None and (acts or new):  # so that its time is its own
                 self._report(pending)
                 pending = None
-            numbers = self._step(batch_of(rows["tokens"], *self._where))
+            batch = Batch(*device_batch(loaded.rows, self.config, self.mesh))
+            numbers = self._step(batch)
             self.first += 1
             self.ledger.steps(start, self.first)
             if pending is not None:
                 self._report(pending)
-            pending = Pending(self.first, numbers, rows, begin)
+            pending = Pending(self.first, numbers, loaded, begin)
             if acts:
                 self._report(pending)
                 pending = None
@@ -268,7 +268,7 @@ class Run:
 
     def _identity(self, pending: Pending) -> str:
         size = self.sizes.size(pending.step - 1)
-        return messages.identity(pending.rows, pending.begin, size)
+        return messages.identity(pending.batch, pending.begin, size)
 
     def _go_back(self):
         """Take the state of an earlier checkpoint, and go on behind the data that has come."""
