@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -68,7 +69,8 @@ def log_probs(tokens: np.ndarray) -> np.ndarray:
     """log softmax of each next token of one document [t], which is read alone, [t - 1]."""
     config = config_with()
     graphdef, _, _, redundant = parts_of(abstract_model(config.model, Policy()))
-    model = nnx.merge(graphdef, *parameters(config), redundant)
+    weights = jax.tree.map(jnp.asarray, parameters(config))
+    model = nnx.merge(graphdef, *weights, redundant)
     logits = np.asarray(model(tokens[None, :-1])[0], np.float64)
     every = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return every[np.arange(len(tokens) - 1), tokens[1:]]
