@@ -50,7 +50,9 @@ def _pipeline(name: str, config: Config, mesh: MeshSpec) -> Pipeline:
     n_micro, late = n_micro_batches(config, mesh), config.pipeline.max_deferred_wgrads
     table = table_of(make(name, mesh.pp, n_micro, late))
     flops = forward_flops(model, config.train.seq_len)
-    begin, end = (model.n_dense * flops["dense"] / flops["moe"], flops["end"] / flops["moe"])
+    begin = model.n_dense * flops["dense"] / flops["moe"]
+    depth = model.mtp_depth
+    end = ((1 + depth) * flops["head"] + depth * flops["mtp"]) / flops["moe"]
     sizes = stage_sizes(model.n_layers - model.n_dense, table.stages.n_stages, begin, end)
     again = 0.0 if config.parallel.remat == "none" else 1.0
     f, x, w = 1.0, 1.0 + again, 1.0

@@ -22,9 +22,13 @@ from dsv3_jax.config_cli import override
 from dsv3_jax.interconnect import HostMesh, TorusMesh, lay_out
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.plan import __main__ as plan
+from dsv3_jax.plan import __main__ as command
+from dsv3_jax.plan.bill import report_bill
 from dsv3_jax.plan.memory import memory
+from dsv3_jax.plan.ranking import meshes, ranking
+from dsv3_jax.plan.report import counts, make_plan
 from dsv3_jax.plan.speed import context_bytes, exchange_bytes, flops_per_token, speed
+from dsv3_jax.schedules import with_batch
 from dsv3_jax.training.state import abstract_state, layout_of
 from sharding.mesh import AXES, MeshSpec, parse_mesh
 
@@ -39,23 +43,23 @@ def preset(name: str, *assignments: str) -> Config:
 @functools.cache
 def planned(*arguments: str) -> dict:
     with mock.patch.object(sys, "argv", ["plan", *arguments]):
-        return plan.make_plan(plan.parse_arguments())
+        return make_plan(command.parse_arguments())
 
 
 def test_counts_of_671b():
-    counts = plan.counts(load_preset("dsv3_671b"))
-    assert counts["main_parameters"] == 671_026_419_200
-    assert counts["mtp_parameters"] == 11_610_068_224
-    assert counts["released_parameters"] == 684_489_845_504
-    assert counts["activated_parameters"] == 37_552_297_472
-    assert round(counts["activated_without_embedding"] / 1e9, 1) == 36.6
-    assert round(counts["training_flops_per_token"] / 1e9, 1) == 250.5
-    assert counts["kv_bytes_per_token"] == 70_272  # hardware paper, table 1
+    found = counts(load_preset("dsv3_671b"))
+    assert found["main_parameters"] == 671_026_419_200
+    assert found["mtp_parameters"] == 11_610_068_224
+    assert found["released_parameters"] == 684_489_845_504
+    assert found["activated_parameters"] == 37_552_297_472
+    assert round(found["activated_without_embedding"] / 1e9, 1) == 36.6
+    assert round(found["training_flops_per_token"] / 1e9, 1) == 250.5
+    assert found["kv_bytes_per_token"] == 70_272  # hardware paper, table 1
 
 
 def test_the_reports_bill():
     """Report, table 1: thousands of hours and millions of dollars; 3.7 days a trillion tokens."""
-    lines = {line["what"].removeprefix("report: "): line for line in plan.report_bill()}
+    lines = {line["what"].removeprefix("report: "): line for line in report_bill()}
     hours = [round(line["chip_hours"] / 1e3) for line in lines.values()]
     assert hours == [180, 2664, 119, 5, 2788]
     dollars = [round(line["dollars"] / 1e6, 3) for line in lines.values()]
@@ -76,7 +80,7 @@ def bytes_a_device(tree) -> int:
 )
 def test_stored_memory_is_that_of_the_state(name, mesh, zero):
     config, spec = preset(name, f"parallel.zero={zero}"), parse_mesh(mesh)
-    config = plan.with_batch(config, spec.n_data_shards)
+    config = with_batch(config, spec.n_data_shards)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     devices = AbstractMesh(tuple(spec.sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4)
     state = abstract_state(config, optimizer, devices, layout_of(config, spec))
@@ -88,7 +92,7 @@ def test_stored_memory_is_that_of_the_state(name, mesh, zero):
 
 def test_activation_memory_grows_with_the_batch_and_what_is_kept():
     mesh, small = parse_mesh("dp16,ep64"), preset("dsv3_671b", "train.batch=1024")
-    large = plan.with_batch(small, 2048)
+    large = with_batch(small, 2048)
     saved = {
         remat: memory(override(small, f"parallel.remat={remat}"), mesh)["saved"]
         for remat in ("full", "report", "none")
@@ -188,7 +192,7 @@ def test_every_mesh_lies_on_its_slice():
         chip = hardware.chip_named(name)
         shape = hardware.slice_shape(chip, n_devices)
         assert math.prod(shape) * (chip.devices_per_chip if chip.torus_axes else 1) == n_devices
-        for mesh in plan.meshes(n_devices):
+        for mesh in meshes(n_devices):
             assert lay_out(chip, shape, mesh).group(("rank",)).all_to_all_seconds(1.0) >= 0
     assert hardware.slice_shape(V5P, 1024) == (8, 8, 16)
     with pytest.raises(ValueError, match="groups of 2"):
@@ -205,7 +209,7 @@ def test_meshes_that_fail_say_why():
     assert row["same_as"] == ["dp16,ep2x32", "dp16,ep4x16", "dp16,ep8x8"]
     parts = dict(row["memory_bytes"])
     assert parts.pop("total") == sum(parts.values()) < V5P.hbm_bytes
-    odd = plan.ranking(preset("tiny", "train.batch=30"), V5P, 32, (2, 4, 4))
+    odd = ranking(preset("tiny", "train.batch=30"), V5P, 32, (2, 4, 4))
     assert not odd["meshes"] and all("train.batch=30" in row["reason"] for row in odd["failed"])
 
 
@@ -215,8 +219,8 @@ def test_the_largest_batch_that_fits():
     assert found["asked_batch"] == 15_360 > found["batch"] > 0
     advice = f"--set train.batch={found['batch']} fits"
     assert any(row["reason"].endswith(advice) for row in found["failed"])
-    more = plan.with_batch(load_preset("dsv3_671b"), found["batch"] + 1024)
-    assert not plan.ranking(more, V5P, 1024, (8, 8, 16))["meshes"]
+    more = with_batch(load_preset("dsv3_671b"), found["batch"] + 1024)
+    assert not ranking(more, V5P, 1024, (8, 8, 16))["meshes"]
 
 
 def test_ranking_and_bandwidth():
@@ -246,14 +250,14 @@ def test_a_given_step_time_is_billed():
     assert line["days"] == pytest.approx(0.1 / 24)
 
 
-def test_the_tunnels_step_is_billed_on_its_own_devices(tmp_path):
+def test_a_compiled_step_is_billed_on_its_own_devices(tmp_path):
     """10 steps of 36 s on 64 devices of tpu7x, 32 chips at $2."""
     report = {"mesh": "dp8,ep8", "topology": "tpu7x:4x4x2", "devices": 64, "tokens_per_step": 4096}
     report |= {"predicted_step_seconds": 36.0, "chip": {"name": "tpu7x"}}
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
-    line = planned(f"--tunnel={path}", "--tokens=40960", "--dollars-per-hour=2")["bill"][-1]
-    assert line["what"].startswith("dp8,ep8 on tpu7x:4x4x2, the tunnel: 40,960 tokens")
+    line = planned(f"--aot={path}", "--tokens=40960", "--dollars-per-hour=2")["bill"][-1]
+    assert line["what"].startswith("dp8,ep8 on tpu7x:4x4x2, compiled: 40,960 tokens")
     assert (line["chip_hours"], line["dollars"]) == pytest.approx((3.2, 6.4))
 
 
@@ -265,12 +269,12 @@ def test_default_devices():
 def test_output(monkeypatch, capsys):
     arguments = ["plan", "--config=dsv3_671b", "--set", "train.batch=1024"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
-    plan.main()
+    command.main()
     found = json.loads(capsys.readouterr().out)
     assert found["counts"]["main_parameters"] == 671_026_419_200
     assert found["meshes"] and found["failed"] and found["bill"]
     monkeypatch.setattr(sys, "argv", arguments)
-    plan.main()
+    command.main()
     text = capsys.readouterr().out
     for words in ("671,026,419,200", "250.5", "70,272", "2,788,000", "5,576,000", "dp16,ep64"):
         assert words in text
@@ -307,12 +311,19 @@ def test_chips():
         (["--devices=0"], "0 devices of v5p"),
         (["--step-seconds=0"], "--step-seconds=0 must be positive"),
         (["--set", "train.batsh=1"], "did you mean 'batch'"),
-        (["--tunnel=pyproject.toml"], "not a report of python -m dsv3_jax.aot --json"),
-        (["--tunnel=gone.json"], "gone.json"),
+        (["--aot=pyproject.toml"], "not a report of python -m dsv3_jax.aot --json"),
+        (["--aot=gone.json"], "gone.json"),
     ],
 )
 def test_errors(arguments, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
     with pytest.raises(SystemExit, match="^error: ") as error:
-        plan.main()
+        command.main()
     assert message in str(error.value)
+
+
+def test_the_old_flag_answers_with_the_new_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan", "--tunnel=report.json"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--tunnel is now --aot" in capsys.readouterr().err

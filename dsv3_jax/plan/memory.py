@@ -1,8 +1,9 @@
-"""What one device holds during a step, in bytes, part by part.
+"""The bytes that one device holds during a step, part by part.
 
-Weights, moments and stored gradients are exact: the model's shapes, divided as `Layout` says. What
-a step makes besides is counted from the code that makes it and is an estimate: the compiler
-decides what lives at the same time.
+Weights, moments and stored gradients are exact: the shapes of the abstract model, divided as the
+layout's specs say. The arrays that remat saves have the names and the buffers the sizes that the
+code gives them. The rest is a model, since only the compiler knows what is alive at the same time
+(`dsv3_jax.aot` asks it); all parts are taken as alive at once.
 """
 
 import dataclasses
@@ -14,9 +15,10 @@ import jax
 from flax import nnx
 
 from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.layer_scan import KEPT_BY_REPORT
 from dsv3_jax.losses import PIECE
 from dsv3_jax.model.deepseek import abstract_model
-from dsv3_jax.numerics.kernels.attention_ref import QUERY_CHUNK, SPANS
+from dsv3_jax.numerics.kernels.attention_ref import query_spans
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import E4M3, TILE
 from dsv3_jax.training.state import layout_of, parts_of
@@ -25,83 +27,83 @@ from sharding.layout import Layout
 from sharding.mesh import AXES, MeshSpec
 from sharding.vocab_parallel import n_vocab_chunks
 
-STACKS = ("dense", "moe", "mtp")  # parts that hold layers; the others are used all through a step
+STACKS = ("dense", "moe", "mtp")  # parts that hold layers; the others are in use all step long
 
 
-class Share(NamedTuple):
-    """What one device has of a parameter: numbers over all layers."""
+class ParamShard(NamedTuple):
+    """One device's share of a parameter, in numbers over all layers."""
 
     stored: int  # between steps
     used: int  # gathered for use: what ZeRO level 0 would store
     used_bytes: int  # in the format that layers use
-    layers: int  # in its stack; 1 outside of the stacks
-    axes: tuple[str, ...]  # mesh axes over which ZeRO gathers it
-    missing: tuple[str, ...]  # mesh axes over which it is stored whole
+    n_layers: int  # in its stack; 1 outside of the stacks
+    zero_axes: tuple[str, ...]  # mesh axes over which ZeRO gathers it
+    replicated_axes: tuple[str, ...]  # mesh axes over which it is stored whole
 
 
 @functools.cache
 def parameters(model: ModelConfig) -> dict[str, list[nnx.Variable]]:
-    """Shapes of the parameters, by part of the model."""
+    """Return the shapes of the parameters, by part of the model."""
     _, params, *_ = parts_of(abstract_model(model, Policy()))
     leaves = functools.partial(jax.tree.leaves, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return {name: leaves(part) for name, part in params.items()}
 
 
 @functools.cache
-def shares(model: ModelConfig, policy: Policy, layout: Layout) -> dict[str, list[Share]]:
-    """Shares of all parameters, by part of the model."""
+def param_shards(model: ModelConfig, policy: Policy, layout: Layout) -> dict[str, list[ParamShard]]:
+    """Return one device's share of all parameters, by part of the model."""
     return {
-        name: [share_of(param, policy, layout, name in STACKS) for param in part]
+        name: [param_shard(param, policy, layout, name in STACKS) for param in part]
         for name, part in parameters(model).items()
     }
 
 
-def share_of(param: nnx.Variable, policy: Policy, layout: Layout, stacked: bool) -> Share:
-    """A parameter's share, from its shape and where `layout` puts it."""
+def param_shard(param: nnx.Variable, policy: Policy, layout: Layout, stacked: bool) -> ParamShard:
+    """Return one device's share of a parameter, from its shape and its spec in `layout`."""
     n, mesh = math.prod(param.shape), layout.mesh
-    split = split_axes(param, layout)
-    kept = split_axes(param, dataclasses.replace(layout, zero=0))
-    used = n // mesh.size(*kept)
+    stored_axes = split_axes(param, layout)
+    used_axes = split_axes(param, dataclasses.replace(layout, zero=0))
+    used = n // mesh.size(*used_axes)
     dtype = E4M3 if param.fp8 and policy.fp8 else policy.compute
     dtype = policy.master if param.keep_fp32 else dtype
-    return Share(
-        stored=n // mesh.size(*split),
+    return ParamShard(
+        stored=n // mesh.size(*stored_axes),
         used=used,
         used_bytes=used * dtype.itemsize,
-        layers=param.shape[0] if stacked else 1,
-        axes=tuple(axis for axis in split if axis not in kept),
-        missing=layout.replicated_axes(param.axes, param.global_shape),
+        n_layers=param.shape[0] if stacked else 1,
+        zero_axes=tuple(axis for axis in stored_axes if axis not in used_axes),
+        replicated_axes=layout.replicated_axes(param.axes, param.global_shape),
     )
 
 
 def split_axes(param: nnx.Variable, layout: Layout) -> list[str]:
-    """Mesh axes over which a parameter is divided between steps."""
+    """Return the mesh axes over which a parameter is divided between steps."""
     entries = layout.param_spec(param.axes, param.global_shape)
     return [axis for entry in entries for axis in ([entry] if entry in AXES else entry or ())]
 
 
 def weights(config: Config, layout: Layout) -> dict[str, float]:
-    """Master weights, both Adam moments, gradients, and the weights gathered for use.
+    """Return the bytes of master weights, both Adam moments, gradients, and gathered weights.
 
-    Gradients are stored as the master weights are; the layer at work has them whole, in float32.
-    ZeRO-1 gathers all weights at once, and their gradients are whole until they are summed; ZeRO-3
-    the embedding, the head and two layers, one in use and one on its way. Without remat the
-    backward finds the weights that the forward has gathered.
+    Gradients are stored like the master weights; one layer's are whole, in float32, while it runs.
+    ZeRO-1 gathers all weights at once, and their gradients are whole until they are summed. ZeRO-3
+    gathers embedding, head and two layers, one in use and one on its way; without remat all
+    gathered weights stay for the backward.
     """
     policy = Policy.of(config.precision)
-    parts = shares(config.model, policy, layout)
+    parts = param_shards(config.model, policy, layout)
     stacks = [part for name, part in parts.items() if name in STACKS and part]
-    outside = [share for name, part in parts.items() if name not in STACKS for share in part]
-    n_stored = sum(share.stored for part in parts.values() for share in part)
-    whole = sum(share.used_bytes for part in parts.values() for share in part)
-    layer = max(sum(share.used_bytes / share.layers for share in part) for part in stacks)
-    gradients = max(sum(4 * share.used / share.layers for share in part) for part in stacks)
+    outside = [shard for name, part in parts.items() if name not in STACKS for shard in part]
+    n_stored = sum(shard.stored for part in parts.values() for shard in part)
+    whole = sum(shard.used_bytes for part in parts.values() for shard in part)
+    layer = max(sum(shard.used_bytes / shard.n_layers for shard in part) for part in stacks)
+    gradients = max(sum(4 * shard.used / shard.n_layers for shard in part) for part in stacks)
     gradients += n_stored * policy.master.itemsize
     gathered = whole
     if layout.zero == 1:
         gradients += whole
     elif config.parallel.remat != "none":
-        gathered = sum(share.used_bytes for share in outside) + 2 * layer
+        gathered = sum(shard.used_bytes for shard in outside) + 2 * layer
     return {
         "master": n_stored * policy.master.itemsize,
         "moments": 2 * n_stored * policy.moments.itemsize,
@@ -110,67 +112,103 @@ def weights(config: Config, layout: Layout) -> dict[str, float]:
     }
 
 
-def tokens_a_device(config: Config, mesh: MeshSpec) -> int:
-    """Tokens that a device runs at once: there is no gradient accumulation yet."""
+def tokens_per_device(config: Config, mesh: MeshSpec) -> int:
+    """Return the tokens that a device runs at once; meshes without pp accumulate no gradients."""
     return config.train.batch * config.train.seq_len // mesh.n_data_shards
 
 
 def expert_rows(config: Config, mesh: MeshSpec) -> int:
-    """Rows of the receive buffer of one round of the expert exchange."""
+    """Return the rows of the receive buffer of one round of the expert all-to-all."""
     if config.model.moe is None:
         return 0
-    n_pairs = tokens_a_device(config, mesh) * config.model.moe.top_k
-    return mesh.ep * round_capacity(n_pairs, mesh.ep, config.parallel.capacity_factor)
+    n_copies = tokens_per_device(config, mesh) * config.model.moe.top_k
+    return mesh.ep * round_capacity(n_copies, mesh.ep, config.parallel.capacity_factor)
 
 
-def layer_bytes(config: Config, mesh: MeshSpec, remat: str, experts: bool) -> float:
-    """What the backward of one layer finds in memory.
+def saved_bytes(config: Config, mesh: MeshSpec, moe: bool) -> dict[str, float]:
+    """Return the bytes of each array that remat="report" saves of one layer, by its name.
 
-    With "full" its input; with "report" also what `KEPT_BY_REPORT` in layers/stack.py lists: the
-    residual, latents, attention's output, the inputs and hidden layers of experts (report sec.
-    3.2.3); with "none" also norms, queries, keys, values, the scores that the causal mask leaves
-    (float32) and SwiGLU products. In FP8 the inputs and hidden layers are codes with their scales.
+    In FP8 the inputs of the feed-forward matmuls are FP8 values with a float32 scale per tile.
+
+    Source: DeepSeek-V3 report, sec. 3.2.3.
     """
-    policy = Policy.of(config.precision)
-    model, a, m = config.model, config.model.attention, config.model.moe
-    n_tokens, rows = tokens_a_device(config, mesh), expert_rows(config, mesh) if experts else 0
-    hidden, expert_hidden = model.dense_hidden, 0
-    if experts:
-        hidden, expert_hidden = m.n_shared * m.hidden, m.hidden
-    latents = (a.q_rank or 0) + a.kv_rank + a.rope_dim
-    expanded = a.n_heads * (2 * (a.nope_dim + a.rope_dim) + a.value_dim)
-    numbers = n_tokens * model.width
-    scores, codes = 0.0, 0
-    if remat != "full":
-        numbers += n_tokens * (model.width + latents + a.n_heads * a.value_dim)
-        codes = n_tokens * 2 * hidden + rows * (model.width + 2 * expert_hidden)
-    if remat == "none":
-        numbers += n_tokens * (2 * model.width + latents + expanded + hidden) + rows * expert_hidden
-        length = config.train.seq_len
-        long = length >= 2 * SPANS * QUERY_CHUNK  # then a chunk of them at a time
-        seen = QUERY_CHUNK if long else (length + min(QUERY_CHUNK, length)) / 2
-        scores = n_tokens * a.n_heads * seen * 4
+    policy, model, a, m = Policy.of(config.precision), *_sizes(config)
+    n_tokens = tokens_per_device(config, mesh)
     item = policy.compute.itemsize
-    code = E4M3.itemsize + 4 / TILE[1] if policy.fp8 else item
-    return numbers * item + codes * code + scores
+    ffn_item = E4M3.itemsize + 4 / TILE[1] if policy.fp8 else item
+    sizes = {
+        "residual": item * n_tokens * model.width,
+        "q_latent": item * n_tokens * (a.q_rank or 0),
+        "kv_latent": item * n_tokens * (a.kv_rank + a.rope_dim),
+        "attention": item * n_tokens * a.n_heads * a.value_dim,
+    }
+    if moe:
+        rows = expert_rows(config, mesh)
+        sizes |= {
+            "gates": 4 * n_tokens * m.top_k,
+            "expert_ids": 4 * n_tokens * m.top_k,
+            "dispatched": ffn_item * rows * model.width,
+            "expert_hidden": ffn_item * rows * 2 * m.hidden,
+            "ffn_hidden": ffn_item * n_tokens * 2 * m.n_shared * m.hidden,
+        }
+    else:
+        sizes |= dict.fromkeys(("gates", "expert_ids", "dispatched", "expert_hidden"), 0)
+        sizes["ffn_hidden"] = ffn_item * n_tokens * 2 * model.dense_hidden
+    return {name: sizes[name] for name in KEPT_BY_REPORT}
+
+
+def unsaved_bytes(config: Config, mesh: MeshSpec, moe: bool) -> float:
+    """Return the bytes that the backward of one layer needs besides those that are saved.
+
+    They are the outputs of norms, queries, keys, values, attention weights in float32, and SwiGLU
+    products. This is a model: which of them exist at once is the compiler's choice.
+    """
+    policy, model, a, m = Policy.of(config.precision), *_sizes(config)
+    n_tokens, length = tokens_per_device(config, mesh), config.train.seq_len
+    latents = (a.q_rank or 0) + a.kv_rank + a.rope_dim
+    heads = a.n_heads * (2 * (a.nope_dim + a.rope_dim) + a.value_dim)
+    hidden = m.n_shared * m.hidden if moe else model.dense_hidden
+    numbers = n_tokens * (2 * model.width + latents + heads + hidden)
+    if moe:
+        numbers += expert_rows(config, mesh) * m.hidden
+    chunk, ends = query_spans(length)
+    looped = ends[0] > chunk  # then the attention weights of one chunk exist at a time
+    spans = zip([0, *ends[:-1]], ends, strict=True)
+    n_keys = chunk if looped else sum((end - begin) * end for begin, end in spans) / length
+    return numbers * policy.compute.itemsize + 4 * n_tokens * a.n_heads * n_keys
+
+
+def _sizes(config: Config):
+    return config.model, config.model.attention, config.model.moe
+
+
+def layer_bytes(config: Config, mesh: MeshSpec, remat: str, moe: bool) -> float:
+    """Return the bytes that one layer keeps for its backward: its input, and what remat saves."""
+    kept = tokens_per_device(config, mesh) * config.model.width
+    kept *= Policy.of(config.precision).compute.itemsize
+    if remat != "full":
+        kept += sum(saved_bytes(config, mesh, moe).values())
+    if remat == "none":
+        kept += unsaved_bytes(config, mesh, moe)
+    return kept
 
 
 def activations(config: Config, mesh: MeshSpec) -> dict[str, float]:
-    """What all layers save for the backward, and all that the layer at work has besides."""
+    """Return the bytes that all layers keep for the backward, and those of the layer at work."""
     kinds = {False: config.model.n_dense, True: config.model.n_moe_layers}
-    kinds = {experts: n for experts, n in kinds.items() if n}
+    kinds = {moe: n for moe, n in kinds.items() if n}
     remat = config.parallel.remat
     return {
-        "saved": sum(n * layer_bytes(config, mesh, remat, kind) for kind, n in kinds.items()),
-        "layer": max(layer_bytes(config, mesh, "none", kind) for kind in kinds),
+        "saved": sum(n * layer_bytes(config, mesh, remat, moe) for moe, n in kinds.items()),
+        "layer": max(layer_bytes(config, mesh, "none", moe) for moe in kinds),
     }
 
 
 def exchange(config: Config, mesh: MeshSpec) -> dict[str, float]:
-    """Buffers of the expert exchange: rows sent, received, grouped and their results.
+    """Return the bytes of the expert all-to-all: rows sent, received, grouped, and their results.
 
-    With more ranks than one, the loop for further rounds also has float32 sums of the gradients of
-    this rank's experts and of its tokens (`_further_rounds` in sharding/expert_parallel.py).
+    The loop over extra rounds also sums gradients of this rank's experts and tokens in float32.
+    This is a model: XLA may reuse a buffer for another.
     """
     model, m = config.model, config.model.moe
     if m is None:
@@ -179,27 +217,27 @@ def exchange(config: Config, mesh: MeshSpec) -> dict[str, float]:
     total = 4 * expert_rows(config, mesh) * model.width * item
     if mesh.ep > 1:
         experts = m.n_experts // mesh.ep * 3 * model.width * m.hidden
-        total += 4 * (experts + tokens_a_device(config, mesh) * model.width)
+        total += 4 * (experts + tokens_per_device(config, mesh) * model.width)
     return {"rows": total}
 
 
 def head(config: Config, mesh: MeshSpec) -> dict[str, float]:
-    """The loss's walk along the head (`cross_entropy` in losses.py), sums in float32.
+    """Return the bytes of the loss's scan over the vocabulary, with sums in float32.
 
-    Logits of one piece and their gradient, the piece and its gradient; the gradients of hidden
-    states and of this rank's rows of the head, and copies of these that wait for the backward, one
-    a walk (main and MTP).
+    They are a chunk's logits and their gradient, the chunk and its gradient, the gradients of
+    hidden states and of this rank's rows of the head, and copies of these that wait for the
+    backward, one per scan (main and MTP). This is a model of what is alive at once.
     """
-    model, n_tokens = config.model, tokens_a_device(config, mesh)
+    model, n_tokens = config.model, tokens_per_device(config, mesh)
     item = Policy.of(config.precision).compute.itemsize
-    share = model.vocab_size // mesh.ep
-    piece = model.vocab_size // n_vocab_chunks(share, mesh, PIECE)
-    at_work = 2 * 4 * n_tokens * piece + (item + 4) * piece * model.width
-    waiting = (4 + (1 + model.mtp_depth) * item) * (n_tokens + share) * model.width
+    n_local = model.vocab_size // mesh.ep
+    chunk = model.vocab_size // n_vocab_chunks(n_local, mesh, PIECE)
+    at_work = 2 * 4 * n_tokens * chunk + (item + 4) * chunk * model.width
+    waiting = (4 + (1 + model.mtp_depth) * item) * (n_tokens + n_local) * model.width
     return {"head": at_work + waiting}
 
 
 def memory(config: Config, mesh: MeshSpec) -> dict[str, float]:
-    """Bytes that a device holds, by part, taken as all alive at once."""
+    """Return the bytes that a device holds, by part."""
     parts = weights(config, layout_of(config, mesh)) | activations(config, mesh)
     return parts | exchange(config, mesh) | head(config, mesh)

@@ -1,4 +1,4 @@
-"""The recipe of a run as a table: what changes when, counted in tokens (report sec. 4.2)."""
+"""The recipe of a run: its phases, from one change to the next, in tokens (report sec. 4.2)."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from dsv3_jax.schedules import BatchSizes, bias_update_speed, learning_rate, mtp
 
 
 class Phase(NamedTuple):
-    """A stretch of tokens in which one thing happens to the learning rate."""
+    """A range of tokens within which no schedule has a kink."""
 
     start: float  # tokens seen
     stop: float
@@ -21,7 +21,7 @@ class Phase(NamedTuple):
 
 
 def phases(config: Config) -> list[Phase]:
-    """Of the whole run, from one change to the next."""
+    """Return the phases of the whole run."""
     optimizer, losses, sizes = config.optimizer, config.losses, BatchSizes.of(config.train)
 
     def seen(step: int) -> float:
@@ -37,9 +37,9 @@ def phases(config: Config) -> list[Phase]:
         losses.bias_stop_tokens,
         total := seen(config.train.steps),
     }
-    places = sorted(tokens for tokens in changes if tokens <= total)
+    bounds = sorted(tokens for tokens in changes if tokens <= total)
     found = []
-    for start, stop in zip(places[:-1], places[1:], strict=True):
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
         first = sizes.step_at(start)
         last = max(sizes.step_at(stop) - 1, first)
         steps = map(jnp.int32, (first, last))

@@ -1,75 +1,91 @@
-"""How long a step takes on paper: compute, expert exchange, gathering of weights, head, update."""
+"""The predicted seconds of a step without pipeline stages, from the model's sizes and the links.
+
+A step is compute, the expert all-to-all, gathering of weights, the head and the update. FLOPs come
+from `flops.py`, buffers from the exchange itself, the bytes of weights from the layout. How often
+something is sent again and how much of the communication is hidden are a model: ranking all meshes
+takes seconds with it, compiling each of them minutes.
+"""
 
 import collections
 import functools
 from typing import NamedTuple
 
+import jax
+from flax import nnx
+
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.flops import activated_parameters, training_flops_per_token
+from dsv3_jax.flops import forward_flops, training_flops_per_token
 from dsv3_jax.hardware import Chip
 from dsv3_jax.interconnect import HostMesh, TorusMesh, lay_out
-from dsv3_jax.model.deepseek import count_parameters
+from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.numerics.quantize import TILE
-from dsv3_jax.plan.memory import (
-    STACKS,
-    expert_rows,
-    shares,
-    tokens_a_device,
-    weights,
-)
+from dsv3_jax.plan.memory import STACKS, expert_rows, param_shards, tokens_per_device, weights
 from dsv3_jax.training.state import layout_of
 from sharding.mesh import MeshSpec
 
-# A layer's FLOPs over its time, communication apart, as a share of the bf16 peak. A guess: the
-# tunnel's walk through the 671B step comes to 0.76 with products at their full peak, of which large
-# ones reach 0.8 to 0.9.
+# A layer's FLOPs over its time without communication, as a share of the bf16 peak. An estimate: the
+# simulated 671B step comes to 0.76 with matmuls at their full peak, of which large ones reach 0.8
+# to 0.9.
 EFFICIENCY = 0.65
-# Share of the communication that no compute hides: the same walk, on v5p:8x8x16 with dp16,ep64 and
-# a sequence a device. Where exchange outweighs compute, as on tpu7x, it is more: 0.77 there.
-EXPOSED = 0.30
+# The share of the communication that no compute hides: in the same simulation, for v5p:8x8x16 with
+# dp16,ep64 and a sequence per device. It is larger where the all-to-alls outweigh compute: 0.77 on
+# tpu7x.
+EXPOSED_SHARE = 0.30
 
 
 @functools.cache
 def flops_per_token(model: ModelConfig, length: int, remat: str) -> tuple[float, float]:
-    """FLOPs of the model itself, and those that a device makes, both for a token of training.
+    """Return the FLOPs of the model, and those that a device computes, per token of training.
 
-    The latter also has the MTP modules and their walk along the head, the head's logits a second
-    time, and what remat repeats: whole layers, or MLA's up-projections and scores.
+    The latter include the MTP modules and their scan of the head, the head's logits a second time,
+    and what remat repeats: whole layers, or MLA's up-projections and attention scores.
     """
-    a = model.attention
-    table, depth = model.vocab_size * model.width, model.mtp_depth
-    layers = activated_parameters(model) - 2 * table
-    if model.moe:
-        idle = (model.moe.n_experts - model.moe.top_k) * 3 * model.width * model.moe.hidden
-        layers += count_parameters(model)["mtp"] - depth * idle
-    n_layers, key_dim = model.n_layers + depth, a.nope_dim + a.rope_dim
-    up = a.n_heads * ((a.q_rank or model.width) * key_dim + a.kv_rank * (a.nope_dim + a.value_dim))
-    pairs = length * a.n_heads  # half of the length, 2 FLOPs a product
-    forward = 2 * layers + n_layers * pairs * (key_dim + a.value_dim)
-    again = {"none": 0, "report": n_layers * (2 * up + pairs * key_dim), "full": forward}
-    made = 3 * forward + again[remat] + 8 * (1 + depth) * table
-    return training_flops_per_token(model, length), made
+    a, flops = model.attention, forward_flops(model, length)
+    depth, n_layers = model.mtp_depth, model.n_layers + model.mtp_depth
+    layers = model.n_dense * flops["dense"] + depth * flops["mtp"] + flops["norm"]
+    layers += (model.n_layers - model.n_dense) * flops["moe"]
+    scores = length * a.n_heads * (a.nope_dim + a.rope_dim)
+    again = {"none": 0.0, "full": layers}
+    again["report"] = n_layers * (2.0 * up_projections(model) + scores)
+    head = (1 + depth) * flops["head"]
+    computed = 3 * layers + again[remat] + 4 * head
+    return training_flops_per_token(model, length), computed
+
+
+def up_projections(config: ModelConfig) -> int:
+    """Return the parameters of MLA's up-projections of queries, keys and values in one layer."""
+    model = abstract_model(config, Policy())
+    blocks = model.moe if model.moe is not None else model.dense
+    attention = nnx.state(blocks, nnx.Param)["attention"]
+    leaves = jax.tree.leaves((attention["q_up"], attention["kv_up"]))
+    return sum(leaf.size // leaf.shape[0] for leaf in leaves)
+
+
+def dispatch_bytes(config: Config) -> float:
+    """Return the bytes per number of a row on its way to its experts, scales included."""
+    policy = Policy.of(config.precision)
+    row = jax.ShapeDtypeStruct((1, config.model.width), policy.compute)
+    encoded = jax.eval_shape(policy.wire.encode, row)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(encoded)) / config.model.width
 
 
 def exchange_bytes(config: Config, mesh: MeshSpec) -> float:
-    """Bytes that a device sends in all all-to-alls of a step, one round each, padding included.
+    """Return the bytes that a device sends in all expert all-to-alls of a step, padding included.
 
-    A layer has dispatch and combine, forward and backward; "full" remat dispatches again. What
-    goes out may be FP8, with an exponent a tile; what comes back is wide. Taken as one hop.
+    A layer has one dispatch and one combine forward and backward; "full" remat dispatches again.
+    Counted are one round each, and one level of dispatch.
     """
     item = Policy.of(config.precision).compute.itemsize
-    out = 1 + 1 / TILE[1] if config.precision.dispatch == "fp8" else item
-    n_out = 3 if config.parallel.remat == "full" else 2
+    n_dispatches = 3 if config.parallel.remat == "full" else 2
     rows = config.model.n_moe_layers * expert_rows(config, mesh)
-    return rows * config.model.width * (n_out * out + 2 * item)
+    return rows * config.model.width * (n_dispatches * dispatch_bytes(config) + 2 * item)
 
 
 def context_bytes(config: Config, mesh: MeshSpec) -> float:
-    """Bytes that a device sends where slices become heads and heads slices (`context_parallel.py`).
+    """Return the bytes that a device sends to change sequence slices into heads and back.
 
-    Queries, keys without the rotary part, values and outputs of every head; forward, backward, and
-    the forward again where remat repeats it.
+    Queries, keys without the rotary part, values and outputs of every head move; forward, backward,
+    and in the repeated forward of remat (sharding/context_parallel.py).
     """
     if config.parallel.context == 1:
         return 0.0
@@ -77,32 +93,32 @@ def context_bytes(config: Config, mesh: MeshSpec) -> float:
     numbers = a.n_heads * (2 * a.nope_dim + a.rope_dim + 2 * a.value_dim)
     times = 2 if config.parallel.remat == "none" else 3
     item = Policy.of(config.precision).compute.itemsize
-    return times * n_layers * tokens_a_device(config, mesh) * numbers * item
+    return times * n_layers * tokens_per_device(config, mesh) * numbers * item
 
 
 def zero_seconds(config: Config, mesh: MeshSpec, links: TorusMesh | HostMesh) -> float:
-    """All-gathers of weights in the format of use, reduce-scatters of gradients in the stored one.
+    """Return the seconds of gathering weights and of reduce-scattering their gradients.
 
-    ZeRO-1 gathers once; ZeRO-3 every layer, and again when remat repeats it. What is not divided
-    over all devices is also summed over the others.
+    ZeRO-1 gathers once; ZeRO-3 every layer, and again when remat repeats it. Gradients of arrays
+    that some axes replicate are also summed over those.
     """
     layout, policy = layout_of(config, mesh), Policy.of(config.precision)
     repeats = 2 if layout.zero == 3 and config.parallel.remat != "none" else 1
     moved, master = collections.Counter(), policy.master.itemsize
-    for name, part in shares(config.model, policy, layout).items():
+    for name, part in param_shards(config.model, policy, layout).items():
         times = repeats if name in STACKS else 1
-        for share in part:
-            n_bytes = times * share.used_bytes + share.used * master
-            moved[share.axes] += (1 - share.stored / share.used) * n_bytes
-            away = 1 - 1 / mesh.size(*share.missing)
-            moved[share.missing] += 2 * away * share.stored * master
+        for shard in part:
+            n_bytes = times * shard.used_bytes + shard.used * master
+            moved[shard.zero_axes] += (1 - shard.stored / shard.used) * n_bytes
+            others = 1 - 1 / mesh.size(*shard.replicated_axes)
+            moved[shard.replicated_axes] += 2 * others * shard.stored * master
     return sum(
         links.group(axes).all_gather_seconds(n_bytes) for axes, n_bytes in moved.items() if n_bytes
     )
 
 
 def head_seconds(config: Config, mesh: MeshSpec, links: TorusMesh | HostMesh) -> float:
-    """Two walks a loss (main and MTP): the head comes past twice, its gradient goes back once."""
+    """Return the seconds of moving the head: two gathers and a reduce-scatter per loss."""
     model, policy = config.model, Policy.of(config.precision)
     n_bytes = (2 * policy.compute.itemsize + 4) * model.vocab_size * model.width
     moved = (1 + model.mtp_depth) * n_bytes * (1 - 1 / mesh.ep)
@@ -110,13 +126,13 @@ def head_seconds(config: Config, mesh: MeshSpec, links: TorusMesh | HostMesh) ->
 
 
 def update_seconds(config: Config, mesh: MeshSpec, chip: Chip) -> float:
-    """AdamW: master weights and moments read and written, gradients read, at the HBM's rate."""
+    """Return the seconds of AdamW, which reads and writes weights and moments in HBM."""
     parts = weights(config, layout_of(config, mesh))
     return (3 * parts["master"] + 2 * parts["moments"]) / chip.hbm_bandwidth
 
 
 class Speed(NamedTuple):
-    """Seconds of one step by kind, and what comes of them."""
+    """The seconds of one step by kind, and the rates that follow."""
 
     compute: float
     exchange: float  # of expert rows, and of heads where sequences lie over several ranks
@@ -129,16 +145,16 @@ class Speed(NamedTuple):
 
 
 def speed(config: Config, mesh: MeshSpec, chip: Chip, shape: tuple[int, ...]) -> Speed:
-    """Compute, update and the exposed communication one after the other, with balanced routing."""
+    """Return the sum of compute, update and exposed communication, under balanced routing."""
     links, train = lay_out(chip, shape, mesh), config.train
-    useful, made = flops_per_token(config.model, train.seq_len, config.parallel.remat)
-    compute = made * tokens_a_device(config, mesh) / (EFFICIENCY * chip.bf16_flops)
+    useful, computed = flops_per_token(config.model, train.seq_len, config.parallel.remat)
+    compute = computed * tokens_per_device(config, mesh) / (EFFICIENCY * chip.bf16_flops)
     exchange = links.group(("node", "rank")).all_to_all_seconds(exchange_bytes(config, mesh))
     exchange += links.group(("rank",)).all_to_all_seconds(context_bytes(config, mesh))
     zero = zero_seconds(config, mesh, links)
     head, update = head_seconds(config, mesh, links), update_seconds(config, mesh, chip)
     moved = exchange + zero + head
-    step = max(compute + update + EXPOSED * moved, moved)
+    step = max(compute + update + EXPOSED_SHARE * moved, moved)
     rate = train.batch * train.seq_len / step
     mfu = useful * rate / (mesh.n_devices * chip.bf16_flops)
     return Speed(compute, exchange, zero, head, update, step, rate, mfu)

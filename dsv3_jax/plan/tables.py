@@ -1,4 +1,4 @@
-"""The plan as tables for the terminal."""
+"""The tables that the terminal shows of a plan."""
 
 import rich.console
 import rich.table
@@ -12,10 +12,10 @@ COUNTS = {
     "released_parameters": "released parameters, MTP's copies included",
     "activated_parameters": "activated parameters",
     "activated_without_embedding": "activated without the embedding",
-    "training_flops_per_token": "training FLOPs a token",
-    "training_flops_per_step": "training FLOPs a step",
-    "tokens_per_step": "tokens a step",
-    "kv_bytes_per_token": "KV cache bytes a token, bfloat16",
+    "training_flops_per_token": "training FLOPs per token",
+    "training_flops_per_step": "training FLOPs per step",
+    "tokens_per_step": "tokens per step",
+    "kv_bytes_per_token": "KV cache bytes per token, bfloat16",
 }
 ASSUMPTIONS = (
     "Predicted, not measured: compute at {efficiency:.0%} of the bf16 peak, {exposed:.0%} of the "
@@ -23,12 +23,12 @@ ASSUMPTIONS = (
     "these seconds, and meshes within 10 % of each other to change places. Memory of weights, "
     "moments and stored gradients is exact, the rest is counted as if all alive at once. An expert "
     "group written in nodes, as ep8x8 for ep64, costs the same as long as the exchange has one "
-    "level. Meshes with pp are not in here: python -m dsv3_jax.aot weighs them."
+    "level. Meshes with pp are not in here: python -m dsv3_jax.aot predicts them."
 )
 
 
 def show(plan: dict):
-    """Print everything that `make_plan` found."""
+    """Print a plan of `report.make_plan`."""
     console = rich.console.Console(highlight=False)
     console.print(counts(plan))
     console.print(recipe(plan))
@@ -49,7 +49,7 @@ def show(plan: dict):
 
 
 def counts(plan: dict) -> rich.table.Table:
-    """Parameters and FLOPs, in full."""
+    """Return the table of parameters and FLOPs, in full."""
     rows = [[label, f"{plan['counts'][name]:,.0f}"] for name, label in COUNTS.items()]
     giga = plan["counts"]["training_flops_per_token"] / 1e9
     rows.insert(6, [f"  in GFLOP, at length {plan['length']:,}", f"{giga:.4g}"])
@@ -57,7 +57,7 @@ def counts(plan: dict) -> rich.table.Table:
 
 
 def recipe(plan: dict) -> rich.table.Table:
-    """What changes when."""
+    """Return the table of the recipe's phases."""
     rows = [
         [
             f"{phase['start'] / 1e9:,.1f}",
@@ -75,13 +75,13 @@ def recipe(plan: dict) -> rich.table.Table:
 
 
 def memory(plan: dict) -> rich.table.Table:
-    """Memory by part, in a unit in which it is not nothing."""
+    """Return the table of memory by part, in a unit with few digits."""
     rows, chip = plan["meshes"], plan["chip"]
     largest = max(row["memory_bytes"]["total"] for row in rows)
     unit, size = ("GiB", GIB) if largest > GIB else ("MiB", 2**20)
     shape = "x".join(str(side) for side in plan["shape"])
     title = (
-        f"{unit} a device, of {chip['hbm_bytes'] / size:,.0f}: batch {plan['batch']:,}, ZeRO-"
+        f"{unit} per device, of {chip['hbm_bytes'] / size:,.0f}: batch {plan['batch']:,}, ZeRO-"
         f"{plan['zero']}, remat {plan['remat']}, {plan['devices']:,} {chip['name']} ({shape})"
     )
     parts = list(rows[0]["memory_bytes"])
@@ -91,7 +91,7 @@ def memory(plan: dict) -> rich.table.Table:
 
 
 def speed(plan: dict) -> rich.table.Table:
-    """Time by kind, and what comes of it."""
+    """Return the table of seconds by kind, and the rates that follow."""
     rows = plan["meshes"]
     unit, scale = ("seconds", 1) if rows[0]["seconds"]["step"] > 0.1 else ("milliseconds", 1e3)
     kinds = list(rows[0]["seconds"])
@@ -102,7 +102,7 @@ def speed(plan: dict) -> rich.table.Table:
 
 
 def bill(plan: dict) -> rich.table.Table:
-    """Hours, days and dollars."""
+    """Return the table of hours, days and dollars."""
     rows = [
         [line["what"], f"{line['chip_hours']:,.0f}", f"{line['days']:,.1f}"]
         + ["no price" if line["dollars"] is None else f"{line['dollars']:,.0f}"]

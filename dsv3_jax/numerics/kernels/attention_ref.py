@@ -31,11 +31,9 @@ def attention(
     weights again, so that those of one chunk exist at a time.
     """
     first, length = k.shape[2] - q.shape[2], q.shape[2]
-    chunk = min(QUERY_CHUNK, length)
-    span = chunk * max(1, length // chunk // SPANS)
-    ends = sorted({*range(0, length, span), length - length % chunk, length})
+    chunk, ends = query_spans(length)
     outputs = []
-    for begin, end in zip(ends[:-1], ends[1:], strict=True):
+    for begin, end in zip([0, *ends[:-1]], ends, strict=True):
         rows, past = slice(begin, end), slice(first + end)
         starts = None if doc_start is None else doc_start[:, first:][:, rows]
         keys, values = k[:, :, past], v[:, :, past]
@@ -43,6 +41,13 @@ def attention(
             _loop_over_chunks(q[:, :, rows], keys, values, starts, first + begin, chunk, scale)
         )
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+
+
+def query_spans(length: int) -> tuple[int, list[int]]:
+    """Return the queries per chunk, and where each span of queries with the same keys ends."""
+    chunk = min(QUERY_CHUNK, length)
+    span = chunk * max(1, length // chunk // SPANS)
+    return chunk, sorted({*range(span, length, span), length - length % chunk, length})
 
 
 def _loop_over_chunks(q, k, v, doc_start, first: int, chunk: int, scale: float):
