@@ -1,22 +1,25 @@
-"""One hop of an expert exchange: copies of rows go to peers, and what they become comes back.
+"""One hop of an expert all-to-all: copies of rows go to peers, and results come back.
 
-A device has t rows and wants C copies of each, or fewer, to go to `size` peers along some mesh
-axes. At a peer a copy belongs to one of `n_groups` groups (its expert; there is one group where
-only the way there matters). A hop moves in rounds, each of at most `capacity` copies from one peer
-to another, so its buffers are bounded whatever the copies want:
+A device has t rows and sends up to K copies of each to `size` peers along some mesh axes. At a peer
+a copy belongs to one of `n_groups` groups (its expert; a single group where only the peer matters).
+A hop moves in rounds of at most `capacity` copies from one peer to another, so its buffers are
+bounded whatever the routing is:
 
-    plan = plan_rounds(keys, hop)           what goes where, once: index arithmetic only
-    at = places(plan, hop, index)           round `index` of it
-    received = dispatch(rows, at, hop)      rows of the round, each group's together
-    result = combine(out, at, hop)          and back: the sum over each row's copies
+    plan = plan_rounds(keys, hop)                   what goes where, computed once
+    indices = round_indices(plan, hop, index)       the indices of one round
+    received = dispatch(rows, indices, hop)         the rows of the round, sorted by group
+    result = combine(out, indices, hop)             and back: the sum over each row's copies
 
-`dispatch` and `combine` are each other's transposes, so the gradient of one is the other. On the
-way out rows travel in the `Wire`'s format, in the gradient of `combine` as well; on the way back
-always as they are (report sec. 3.3.3).
+`dispatch` and `combine` are each other's transposes, so the gradient of one is the other. Rows are
+dispatched in the hop's `WireFormat`, as are the gradients of results; what is combined always
+travels as it is (report sec. 3.3.3).
 
-Two transports carry the same rounds. The padded one sends full rounds by `all_to_all` and puts in
-order what arrived. The ragged one sends what there is by `ragged_all_to_all`, each piece straight
-to its place (checked here by an emulation, compiled for v5p, tpu7x and H100).
+Two transports carry the same rounds. The padded one sends full rounds by `all_to_all` and sorts
+what arrives. The ragged one sends only the rows there are by `ragged_all_to_all`, each group
+directly to its final position (tested on CPUs by an emulation, compiled for v5p, tpu7x and H100).
+
+Shapes: t rows of this device, K copies of each, r = size * capacity slots of a buffer, D width,
+p peers, g groups at each peer.
 """
 
 import functools
@@ -25,214 +28,250 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 class WireFormat(NamedTuple):
-    """How rows [t D] travel: as a pytree of arrays [t ...], such as values and their scales.
+    """The format in which rows [t D] travel: a pytree of arrays [t ...], such as values and scales.
 
-    What `decode` returns must encode to the same again, as rows may take a second hop.
+    Encoding again what `decode` returns must give the same pytree, since rows may take two hops.
     """
 
-    encode: Callable
-    decode: Callable  # (encoded, dtype of the rows) -> rows
+    encode: Callable  # rows -> pytree
+    decode: Callable  # (pytree, dtype of the rows) -> rows
 
 
-def _as_it_is(x, dtype):
+def _decode_identity(x, dtype):
     return x.astype(dtype)
 
 
-IDENTITY = WireFormat(lambda x: x, _as_it_is)
+IDENTITY = WireFormat(lambda x: x, _decode_identity)
 
 
 class Hop(NamedTuple):
-    """Static sizes of a hop."""
+    """The static sizes of a hop."""
 
     axes: tuple[str, ...]
-    size: int  # peers, the device itself among them
+    size: int  # peers, including the device itself
     n_groups: int  # at each peer
-    capacity: int  # copies a round from one peer to another
+    capacity: int  # copies per round from one peer to another
     ragged: bool = False
-    wire: WireFormat = IDENTITY
-    loose: bool = False  # what is received keeps its peers' slots; for a single group
+    wire_format: WireFormat = IDENTITY
+    keep_source_order: bool = False  # do not sort by group what arrives; for a single group
 
 
 class DispatchPlan(NamedTuple):
-    """What goes where; positions count a device's copies in the order of peers and groups."""
+    """What goes where. Positions count a device's copies sorted by peer and group."""
 
-    order: jax.Array  # [t*C] position -> copy (row * C + which)
-    peer: jax.Array  # [t C] where each copy goes; `size` for nowhere
-    offset: jax.Array  # [t C] its place among the copies to that peer
-    copies: jax.Array  # [size size n_groups] from each peer to each group of each, all of them
-    n_rounds: jax.Array  # [] the same on all ranks of the expert axes
+    order: Int[Array, " tK"]  # position -> copy, as row * K + k
+    peer: Int[Array, "t K"]  # where each copy goes; `size` for nowhere
+    offset: Int[Array, "t K"]  # position of each copy among the copies to the same peer
+    counts: Int[Array, "p p g"]  # copies from each peer to each group of each peer, in all rounds
+    n_rounds: Int[Array, ""]  # the same on all peers
 
 
 class RoundIndices(NamedTuple):
-    """One round of a plan; both ways a peer has `capacity` slots.
+    """One round of a plan. Its send and receive buffers have `capacity` slots per peer.
 
-    Of the pieces that go to each group of each peer, and of those that come from each peer for each
-    group [size n_groups]: how many copies, where they begin here and where at the peer.
+    Sizes and offsets are those of the rows that go to each group of each peer (send), and of the
+    rows that come from each peer for each group here (recv), as in `lax.ragged_all_to_all`.
     """
 
-    copy: jax.Array  # [slots] what goes into each slot; any copy where none does
-    back: jax.Array  # [t C] slot of each copy; past the end if it is not of this round
-    sent: jax.Array
-    sent_from: jax.Array
-    sent_to: jax.Array
-    received: jax.Array
-    received_to: jax.Array
-    received_from: jax.Array
+    slot_to_copy: Int[Array, " r"]  # the copy in each slot to send; any copy where there is none
+    copy_to_slot: Int[Array, "t K"]  # r or more for a copy that is not in this round
+    send_sizes: Int[Array, "p g"]
+    send_offsets: Int[Array, "p g"]  # in this device's send buffer
+    peer_recv_offsets: Int[Array, "p g"]  # in the peer's receive buffer
+    recv_sizes: Int[Array, "p g"]
+    recv_offsets: Int[Array, "p g"]  # in this device's receive buffer
+    peer_send_offsets: Int[Array, "p g"]  # in the peer's send buffer
 
     @property
-    def sizes(self) -> jax.Array:
-        """[n_groups] copies received for each group."""
-        return self.received.sum(0)
+    def group_sizes(self) -> Int[Array, " g"]:
+        """The number of copies received for each group."""
+        return self.recv_sizes.sum(0)
 
-    def filled(self, hop: Hop) -> jax.Array:
-        """[r] which places a loose `dispatch` fills."""
-        return (jnp.arange(hop.capacity)[None, :] < self.received).reshape(-1)
+    def received_mask(self, hop: Hop) -> Bool[Array, " r"]:
+        """Return which slots of the receive buffer are filled, if the hop keeps source order."""
+        return (jnp.arange(hop.capacity)[None, :] < self.recv_sizes).reshape(-1)
 
 
 def round_capacity(n_copies: int, size: int, factor: float) -> int:
-    """Copies a round from one peer to another: `factor` times the balanced load, in eights."""
+    """Return the copies per round from one peer to another.
+
+    They are `factor` times the balanced load, rounded up to a multiple of 8.
+    """
     if size == 1:
         return n_copies
     return min(n_copies, -(-int(factor * n_copies) // (8 * size)) * 8)
 
 
-def plan_rounds(keys: jax.Array, hop: Hop) -> DispatchPlan:
-    """The plan for keys [t C]: peer * n_groups + group, or anything past the last for no copy."""
+def plan_rounds(keys: Int[Array, "t K"], hop: Hop) -> DispatchPlan:
+    """Plan a hop.
+
+    Args:
+        keys: peer * n_groups + group of each copy; larger than that of the last peer for no copy.
+    """
     n_keys = hop.size * hop.n_groups
-    flat = jnp.minimum(keys.reshape(-1), n_keys)  # [t*C]
+    flat = jnp.minimum(keys.reshape(-1), n_keys)  # [t*K]
     order = jnp.argsort(flat, stable=True)
     position = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     sent = jnp.zeros(n_keys, jnp.int32).at[flat].add(1, mode="drop")
     sent = sent.reshape(hop.size, hop.n_groups)
-    start = jnp.append(_before(sent.sum(1)), 0)
-    copies = _told(sent, hop)
+    first = jnp.append(_exclusive_cumsum(sent.sum(1)), 0)
+    counts = _all_gather_counts(sent, hop)
     peer = flat // hop.n_groups
     return DispatchPlan(
         order=order,
         peer=peer.reshape(keys.shape),
-        offset=(position - start[peer]).reshape(keys.shape),
-        copies=copies,
-        n_rounds=-(-copies.sum(2).max() // hop.capacity),
+        offset=(position - first[peer]).reshape(keys.shape),
+        counts=counts,
+        n_rounds=-(-counts.sum(2).max() // hop.capacity),
     )
 
 
-def round_indices(plan: DispatchPlan, hop: Hop, index) -> RoundIndices:
-    """Round `index` of the plan."""
+def round_indices(plan: DispatchPlan, hop: Hop, index: int | Int[Array, ""]) -> RoundIndices:
+    """Return the indices of round `index` of a plan."""
     me = lax.axis_index(hop.axes) if hop.size > 1 else 0
-    first = index * hop.capacity
-    start = _before(plan.copies[me].sum(1))[:, None] + first
-    position = (start + jnp.arange(hop.capacity)[None, :]).reshape(-1)
-    slot = plan.peer * hop.capacity + plan.offset - first
-    mine = (plan.offset >= first) & (plan.offset < first + hop.capacity) & (plan.peer < hop.size)
-    # Of all peers' copies in the order of groups, the round takes a window.
-    stop = jnp.cumsum(plan.copies, 2)
-    begin, end = (jnp.clip(at - first, 0, hop.capacity) for at in (stop - plan.copies, stop))
-    moved = end - begin  # [from to group]
-    slots = jnp.arange(hop.size, dtype=jnp.int32) * hop.capacity
-    begin = begin + slots[None, :, None]
-    grouped = jnp.cumsum(moved, 0) - moved + _before(moved.sum(0))[None, :, :]
-    target = jnp.broadcast_to(slots[:, None, None], moved.shape) if hop.loose else grouped
+    begin = index * hop.capacity  # the round takes the copies begin .. begin + capacity to a peer
+    first = _exclusive_cumsum(plan.counts[me].sum(1))[:, None] + begin
+    position = (first + jnp.arange(hop.capacity)[None, :]).reshape(-1)
+    slot = plan.peer * hop.capacity + plan.offset - begin
+    in_round = (plan.offset >= begin) & (plan.offset < begin + hop.capacity)
+    in_round = in_round & (plan.peer < hop.size)
+    # Of the copies from one peer to another, sorted by group, the round takes a window.
+    group_end = jnp.cumsum(plan.counts, 2)
+    start, end = (
+        jnp.clip(x - begin, 0, hop.capacity) for x in (group_end - plan.counts, group_end)
+    )
+    sizes = end - start  # [from to group]
+    block = jnp.arange(hop.size, dtype=jnp.int32) * hop.capacity  # slots of each peer begin here
+    start = start + block[None, :, None]
+    target = (
+        jnp.broadcast_to(block[:, None, None], sizes.shape)
+        if hop.keep_source_order
+        else jnp.cumsum(sizes, 0) - sizes + _exclusive_cumsum(sizes.sum(0))[None, :, :]
+    )
     return RoundIndices(
-        copy=plan.order.at[position].get(mode="clip"),
-        back=jnp.where(mine, slot, position.size),
-        sent=moved[me],
-        sent_from=begin[me],
-        sent_to=target[me],
-        received=moved[:, me],
-        received_to=target[:, me],
-        received_from=begin[:, me],
+        slot_to_copy=plan.order.at[position].get(mode="clip"),
+        copy_to_slot=jnp.where(in_round, slot, position.size),
+        send_sizes=sizes[me],
+        send_offsets=start[me],
+        peer_recv_offsets=target[me],
+        recv_sizes=sizes[:, me],
+        recv_offsets=target[:, me],
+        peer_send_offsets=start[:, me],
     )
 
 
-def indices_per_copy(at: RoundIndices) -> RoundIndices:
-    """The same round for an array [t*C ...] that has an entry a copy instead of a row."""
-    return at._replace(back=at.back.reshape(-1, 1))
+def indices_per_copy(indices: RoundIndices) -> RoundIndices:
+    """Return the same round for an array [t*K ...] that has one row per copy."""
+    return indices._replace(copy_to_slot=indices.copy_to_slot.reshape(-1, 1))
 
 
-def _before(sizes: jax.Array) -> jax.Array:
-    """Sum of the entries before each, along the last dim."""
+def _exclusive_cumsum(sizes: jax.Array) -> jax.Array:
+    """Return the sum of the entries before each entry along the last dimension."""
     return jnp.cumsum(sizes, -1) - sizes
 
 
-def _told(x: jax.Array, hop: Hop) -> jax.Array:
-    """[size ...]: everyone's x. By all-to-all, which runs beside products where gathers do not."""
-    return _swap(jnp.broadcast_to(x[None], (hop.size, *x.shape)), hop)
+def _all_gather_counts(sent: jax.Array, hop: Hop) -> jax.Array:
+    """Gather all peers' counts [size ...].
+
+    This is an all-to-all because, unlike an all-gather, it runs beside matrix products.
+    """
+    return _all_to_all(jnp.broadcast_to(sent[None], (hop.size, *sent.shape)), hop)
 
 
-def _swap(x: jax.Array, hop: Hop) -> jax.Array:
-    """Entry d goes to peer d; entry s of the result came from peer s."""
+def _all_to_all(x: jax.Array, hop: Hop) -> jax.Array:
+    """Send the i-th block of the first dimension to peer i; block i of the result is from it."""
     if hop.size == 1:
         return x
     return lax.all_to_all(x, hop.axes, split_axis=0, concat_axis=0, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(rows: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
-    """Rows [t D] -> those received [r D], r = size * capacity; unspecified where there are none.
+def dispatch(rows: Shaped[Array, "t D"], indices: RoundIndices, hop: Hop) -> Shaped[Array, "r D"]:
+    """Send the copies of one round to their peers; return the rows received.
 
-    They come in the order of their groups, from the front, or each peer's in the slots it has.
+    They are sorted by group and begin at slot 0, or, with `keep_source_order`, each peer's rows
+    begin at its first slot. The contents of all other slots are unspecified.
     """
-    source = at.copy // at.back.shape[1]
-    outbox = jax.tree.map(lambda x: x.at[source].get(mode="clip"), hop.wire.encode(rows))
+    row_ids = indices.slot_to_copy // indices.copy_to_slot.shape[1]
+    buffer = jax.tree.map(lambda x: x.at[row_ids].get(mode="clip"), hop.wire_format.encode(rows))
     send = _send_ragged if hop.ragged else _send_padded
-    return hop.wire.decode(jax.tree.map(lambda x: send(x, at, hop), outbox), rows.dtype)
+    received = jax.tree.map(lambda x: send(x, indices, hop), buffer)
+    return hop.wire_format.decode(received, rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def combine(out: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
-    """Results [r D] in the order of `dispatch` -> [t D], summed over the copies of each row."""
-    returned = _return_ragged(out, at, hop) if hop.ragged else _return_padded(out, at, hop)
-    slots = jnp.moveaxis(at.back, 1, 0)  # one gather a copy: all at once would fill [t C D]
+def combine(out: Shaped[Array, "r D"], indices: RoundIndices, hop: Hop) -> Shaped[Array, "t D"]:
+    """Return results, in the order of `dispatch`, to their rows: the sum over a row's copies."""
+    send_back = _return_ragged if hop.ragged else _return_padded
+    returned = send_back(out, indices, hop)
+    # One gather for each k, since one gather for all would fill [t K D].
+    slots = rearrange(indices.copy_to_slot, "t k -> k t")
     copies = (returned.at[slot].get(mode="fill", fill_value=0) for slot in slots)
     return sum(copy.astype(jnp.float32) for copy in copies).astype(out.dtype)
 
 
 dispatch.defvjp(
-    lambda rows, at, hop: (dispatch(rows, at, hop), at),
-    lambda hop, at, grad: (combine(grad, at, hop), None),
+    lambda rows, indices, hop: (dispatch(rows, indices, hop), indices),
+    lambda hop, indices, grad: (combine(grad, indices, hop), None),
 )
 combine.defvjp(
-    lambda out, at, hop: (combine(out, at, hop), at),
-    lambda hop, at, grad: (dispatch(grad, at, hop), None),
+    lambda out, indices, hop: (combine(out, indices, hop), indices),
+    lambda hop, indices, grad: (dispatch(grad, indices, hop), None),
 )
 
 
-def _send_padded(outbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
-    if hop.size == 1 or hop.loose:
-        return _swap(outbox, hop)  # it is in order
-    target, slots = _targets(at, hop), jnp.arange(outbox.shape[0], dtype=jnp.int32)
-    order = jnp.zeros_like(slots).at[target].set(slots, mode="drop")
-    return _swap(outbox, hop).at[order].get(mode="clip")
+def _send_padded(buffer: jax.Array, indices: RoundIndices, hop: Hop) -> jax.Array:
+    if hop.size == 1 or hop.keep_source_order:
+        return _all_to_all(buffer, hop)  # sorted already
+    sorted_slots, slots = _sorted_slots(indices, hop), jnp.arange(len(buffer), dtype=jnp.int32)
+    order = jnp.zeros_like(slots).at[sorted_slots].set(slots, mode="drop")
+    return _all_to_all(buffer, hop).at[order].get(mode="clip")
 
 
-def _return_padded(inbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
-    if hop.size == 1 or hop.loose:
-        return _swap(inbox, hop)
-    return _swap(inbox.at[_targets(at, hop)].get(mode="clip"), hop)
+def _return_padded(buffer: jax.Array, indices: RoundIndices, hop: Hop) -> jax.Array:
+    if hop.size == 1 or hop.keep_source_order:
+        return _all_to_all(buffer, hop)
+    return _all_to_all(buffer.at[_sorted_slots(indices, hop)].get(mode="clip"), hop)
 
 
-def _targets(at: RoundIndices, hop: Hop) -> jax.Array:
-    """Where each slot of what arrives by padded rounds belongs; past the end if it is empty."""
+def _sorted_slots(indices: RoundIndices, hop: Hop) -> jax.Array:
+    """Return where each slot of a padded round goes when sorted by group; r if it is empty."""
     column = jnp.arange(hop.capacity)
-    stop = jnp.cumsum(at.received, 1)
-    group = (column[None, :, None] >= stop[:, None, :]).sum(-1)  # [size capacity]
-    shift = at.received_to - (stop - at.received)
-    place = column[None, :] + jnp.take_along_axis(shift, group, axis=1, mode="clip")
-    return jnp.where(group < hop.n_groups, place, place.size).reshape(-1)
+    end = jnp.cumsum(indices.recv_sizes, 1)
+    group = (column[None, :, None] >= end[:, None, :]).sum(-1)  # [size capacity]
+    shift = indices.recv_offsets - (end - indices.recv_sizes)
+    slot = column[None, :] + jnp.take_along_axis(shift, group, axis=1, mode="clip")
+    return jnp.where(group < hop.n_groups, slot, slot.size).reshape(-1)
 
 
-def _send_ragged(outbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
-    return _ragged(outbox, hop, at.sent_from, at.sent, at.sent_to, at.received)
+def _send_ragged(buffer: jax.Array, indices: RoundIndices, hop: Hop) -> jax.Array:
+    return _ragged_all_to_all(
+        buffer,
+        hop,
+        indices.send_offsets,
+        indices.send_sizes,
+        indices.peer_recv_offsets,
+        indices.recv_sizes,
+    )
 
 
-def _return_ragged(inbox: jax.Array, at: RoundIndices, hop: Hop) -> jax.Array:
-    return _ragged(inbox, hop, at.received_to, at.received, at.received_from, at.sent)
+def _return_ragged(buffer: jax.Array, indices: RoundIndices, hop: Hop) -> jax.Array:
+    return _ragged_all_to_all(
+        buffer,
+        hop,
+        indices.recv_offsets,
+        indices.recv_sizes,
+        indices.peer_send_offsets,
+        indices.send_sizes,
+    )
 
 
-def _ragged(x: jax.Array, hop: Hop, *index: jax.Array) -> jax.Array:
-    pieces = [part.reshape(-1) for part in index]
-    return lax.ragged_all_to_all(x, lax.empty(x.shape, x.dtype), *pieces, axis_name=hop.axes)
+def _ragged_all_to_all(x: jax.Array, hop: Hop, *offsets_and_sizes: jax.Array) -> jax.Array:
+    flat = (array.reshape(-1) for array in offsets_and_sizes)
+    return lax.ragged_all_to_all(x, lax.empty(x.shape, x.dtype), *flat, axis_name=hop.axes)

@@ -1,25 +1,27 @@
-"""Expert parallelism: rows go to the ranks that hold their experts, and their results come back.
+"""Expert parallelism: tokens travel to the ranks of their experts, and the results come back.
 
-Every device holds t rows and n_experts / ep experts. A row is wanted by the K experts that its
-router chose. On one node (`ep8`) each of these t * K pairs of row and expert is a copy of its own
-that travels to the expert's rank. On several (`ep2x4`) a row first goes ONCE to every node that
-has experts of it, to the rank of the same number; there it fans out to the node's ranks, its
-results are summed, and one sum comes back (report sec. 3.2.2). With as many groups of experts as
-nodes, or a multiple, node-limited routing bounds the nodes of a row.
+Every device holds t rows (tokens) and n_experts / ep experts; the router has chosen K experts for
+each row. Within one node (`ep8`) each of the t * K token copies travels to its expert's rank. Over
+several nodes (`ep2x4`) a row first travels ONCE to every node that has some of its experts, to the
+rank with the same index; there it is dispatched to the node's ranks, its results are summed, and
+one sum comes back (report sec. 3.2.2). If the groups of experts divide evenly over the nodes,
+node-limited routing bounds the number of nodes per row.
 
-Both ways rows travel in rounds of bounded size until none is left (`sharding/dispatch.py`): no pair
-is dropped, whatever the routing. Near balance that is one round, which is differentiated as
-ordinary code; further rounds run in a loop that stores nothing and runs again in the backward.
+Both hops move in rounds of bounded size until nothing is left (`sharding/dispatch.py`): no token
+copy is dropped, whatever the routing. Near balance one round suffices. It is differentiated as
+ordinary code; extra rounds run in a loop that saves nothing and runs again in backward.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from sharding.dispatch import (
     IDENTITY,
@@ -33,178 +35,206 @@ from sharding.dispatch import (
     round_capacity,
     round_indices,
 )
+from sharding.layout import Layout
 from sharding.mesh import MeshSpec
 
 EXTRA_ROUNDS = "extra_rounds"  # the scope of the loops over all rounds but the first
 
 
 class DispatchConfig(NamedTuple):
-    """Static sizes of an exchange, and how it travels."""
+    """The static sizes of an expert all-to-all, and its transport."""
 
     mesh: MeshSpec
     n_experts: int
-    pairs: int  # capacity of a round from rank to rank, in pairs
-    rows: int = 0  # and from node to node, in rows
-    max_nodes: int = 1  # that the experts of a row may lie on
+    copies_per_round: int  # token copies from one rank to another
+    rows_per_round: int = 0  # rows from one node to another
+    max_nodes: int = 1  # that the experts of a row may be on
     ragged: bool = False
-    wire: WireFormat = IDENTITY
+    wire_format: WireFormat = IDENTITY
 
-    def to_nodes(self) -> Hop:
-        """The hop between the ranks of one number in all nodes."""
-        return Hop(("node",), self.mesh.nodes, 1, self.rows, self.ragged, self.wire, loose=True)
+    def node_hop(self) -> Hop:
+        """Return the hop between the ranks of the same index in all nodes."""
+        return Hop(
+            axes=("node",),
+            size=self.mesh.nodes,
+            n_groups=1,
+            capacity=self.rows_per_round,
+            ragged=self.ragged,
+            wire_format=self.wire_format,
+            keep_source_order=True,
+        )
 
-    def to_ranks(self) -> Hop:
-        """The hop between the ranks of a node."""
-        n_local = self.n_experts // self.mesh.ranks
-        return Hop(("rank",), self.mesh.ranks, n_local, self.pairs, self.ragged, self.wire)
+    def rank_hop(self) -> Hop:
+        """Return the hop between the ranks of a node."""
+        return Hop(
+            axes=("rank",),
+            size=self.mesh.ranks,
+            n_groups=self.n_experts // self.mesh.ranks,
+            capacity=self.copies_per_round,
+            ragged=self.ragged,
+            wire_format=self.wire_format,
+        )
 
-    def inside(self) -> "DispatchConfig":
-        """The exchange within a node, of its own experts."""
+    def within_node(self) -> "DispatchConfig":
+        """Return the config of the all-to-all within a node, over its own experts."""
         mesh = dataclasses.replace(self.mesh, nodes=1)
         return self._replace(mesh=mesh, n_experts=self.n_experts // self.mesh.nodes)
 
 
 class DispatchStats(NamedTuple):
-    """What an exchange did on a device."""
+    """What an expert all-to-all did on a device."""
 
-    rounds: jax.Array  # [] times that the experts ran
-    pairs: jax.Array  # [] rows that they were given
+    n_rounds: Int[Array, ""]  # times that the experts ran
+    n_copies: Int[Array, ""]  # token copies that they received
 
 
 def make_dispatch_config(
-    mesh: MeshSpec,
-    n_experts: int,
-    n_rows: int,
-    top_k: int,
-    capacity: float,
-    max_nodes: int,
-    ragged: bool = False,
-    wire: WireFormat = IDENTITY,
+    layout: Layout, n_experts: int, n_rows: int, top_k: int, n_groups: int, topk_groups: int
 ) -> DispatchConfig:
-    """The route of `n_rows` rows with `top_k` experts each, on at most `max_nodes` nodes.
+    """Return the config for `n_rows` rows with `top_k` experts each.
 
     Args:
-        capacity: receive buffer of a round over the balanced load, at least 1.
+        n_groups: groups of experts that the router knows.
+        topk_groups: groups that the experts of a row may be in.
     """
-    nodes = min(max_nodes, mesh.nodes)
-    pairs = round_capacity(n_rows * top_k, mesh.ranks, capacity)
-    rows = min(n_rows, round_capacity(n_rows * nodes, mesh.nodes, capacity))
-    return DispatchConfig(mesh, n_experts, pairs, rows, nodes, ragged, wire)
+    mesh, factor = layout.mesh, layout.capacity_factor
+    # A group lies on one node if groups divide evenly over nodes; else any node may have experts.
+    nodes = mesh.nodes if n_groups % mesh.nodes else min(topk_groups, mesh.nodes)
+    return DispatchConfig(
+        mesh=mesh,
+        n_experts=n_experts,
+        copies_per_round=round_capacity(n_rows * top_k, mesh.ranks, factor),
+        rows_per_round=min(n_rows, round_capacity(n_rows * nodes, mesh.nodes, factor)),
+        max_nodes=nodes,
+        ragged=layout.ragged,
+        wire_format=layout.wire_format,
+    )
+
+
+class RoundParams(NamedTuple):
+    """The experts' parameters, for the first round and for all extra rounds."""
+
+    first: Any
+    extra: Any
 
 
 def expert_all_to_all(
-    fn: Callable,
-    params,
-    rows: jax.Array,
-    weights: jax.Array,
-    ids: jax.Array,
-    route: DispatchConfig,
-    later=None,
-) -> tuple[jax.Array, DispatchStats]:
-    """Sum over each row's experts of weight * expert(row), exact for every routing.
+    expert_fn: Callable,
+    params: Any,
+    rows: Float[Array, "t D"],
+    gates: Float[Array, "t K"],
+    ids: Int[Array, "t K"],
+    config: DispatchConfig,
+    extra_params: Any = None,
+) -> tuple[Float[Array, "t O"], DispatchStats]:
+    """Return for each row the sum over its experts of gate * expert(row), for any routing.
 
     Args:
-        fn: (params, rows [r D], weights [r], sizes [n_local]) -> [r D], of rows grouped by local
-            expert, `sizes` of each; what lies beyond the last group is not looked at.
-        params: this rank's share of the experts.
-        rows: [t D].
-        weights: [t K].
-        ids: [t K] global expert ids, distinct within a row; one of n_experts or more is none.
-        later: the same params for all rounds but the first, where their gradients are to come out
+        expert_fn: (params, rows [r D], gates [r], group_sizes [e]) -> [r O] for rows sorted by
+            local expert. Rows after the last group are unspecified, and so may be their results.
+        params: this rank's shard of the experts' parameters.
+        ids: global expert ids, distinct within a row; n_experts or more for no expert.
+        extra_params: the same parameters for the extra rounds, if their gradients are to be kept
             apart; None if not.
-
-    Returns:
-        [t D], and what the exchange did.
     """
-    both = (params, params if later is None else later)
-    over = _over_ranks if route.mesh.nodes == 1 else _over_nodes
-    return over(fn, both, rows, weights, ids, route)
+    round_params = RoundParams(params, params if extra_params is None else extra_params)
+    exchange = _over_ranks if config.mesh.nodes == 1 else _over_nodes
+    return exchange(expert_fn, round_params, rows, gates, ids, config)
 
 
-def _over_ranks(fn, params, rows, weights, ids, route: DispatchConfig):
-    """A copy of a row for each of its experts."""
-    hop = route.to_ranks()
+def _over_ranks(expert_fn, params: RoundParams, rows, gates, ids, config: DispatchConfig):
+    """Send a copy of a row to each of its experts, all on this node."""
+    hop = config.rank_hop()
 
-    def one_round(index, params, rows, weights, plan: DispatchPlan):
-        at = round_indices(plan, hop, index)
-        received = dispatch(rows, at, hop)
-        plain = hop._replace(wire=IDENTITY)
-        gates = dispatch(weights.reshape(-1, 1), indices_per_copy(at), plain)
-        out = fn(params[0], received, gates[:, 0], at.sizes)
-        return combine(out, at, hop), DispatchStats(jnp.int32(1), at.sizes.sum())
+    def run_round(index, params: RoundParams, rows, gates, plan: DispatchPlan):
+        indices = round_indices(plan, hop, index)
+        received = dispatch(rows, indices, hop)
+        gates = dispatch(
+            rearrange(gates, "t k -> (t k) 1"),
+            indices_per_copy(indices),
+            hop._replace(wire_format=IDENTITY),
+        )
+        out = expert_fn(params.first, received, gates[:, 0], indices.group_sizes)
+        out = combine(out, indices, hop)
+        return out, DispatchStats(n_rounds=jnp.int32(1), n_copies=indices.group_sizes.sum())
 
     plan = plan_rounds(ids, hop)
-    most = ids.shape[0] * min(ids.shape[1], hop.n_groups)
-    return _in_rounds(one_round, params, rows, weights, plan, plan.n_rounds, most > hop.capacity)
+    # A row's experts are distinct, so a rank gets at most n_groups copies of it.
+    most_copies = ids.shape[0] * min(ids.shape[1], hop.n_groups)
+    max_rounds = -(-most_copies // hop.capacity)
+    return _sum_rounds(run_round, params, rows, gates, plan, plan.n_rounds, max_rounds)
 
 
-def _over_nodes(fn, params, rows, weights, ids, route: DispatchConfig):
-    """A copy of a row for each node, where it goes on to its experts' ranks."""
-    hop, inside = route.to_nodes(), route.inside()
-    nowhere, plain = inside.n_experts, hop._replace(wire=IDENTITY)
+def _over_nodes(expert_fn, params: RoundParams, rows, gates, ids, config: DispatchConfig):
+    """Send a row once to each node with some of its experts, and there on to their ranks."""
+    hop, within_node = config.node_hop(), config.within_node()
+    n_local = none = within_node.n_experts
+    plain_hop = hop._replace(wire_format=IDENTITY)
 
-    def one_round(index, params, rows, weights, plan_ids):
-        plan, ids = plan_ids
-        at = round_indices(plan, hop, index)
-        received = dispatch(rows, at, hop)
-        gates = dispatch(weights, at, plain)
-        there = dispatch(ids, at, plain) - lax.axis_index("node") * nowhere
-        local = jnp.where(
-            at.filled(hop)[:, None] & (there >= 0) & (there < nowhere), there, nowhere
-        )
-        y, traffic = _over_ranks(fn, params, received, gates, local, inside)
-        return combine(y, at, hop), traffic
+    def run_round(index, params: RoundParams, rows, gates, plan_and_ids):
+        plan, ids = plan_and_ids
+        indices = round_indices(plan, hop, index)
+        received = dispatch(rows, indices, hop)
+        gates = dispatch(gates, indices, plain_hop)
+        local_ids = dispatch(ids, indices, plain_hop) - lax.axis_index("node") * n_local
+        is_local = indices.received_mask(hop)[:, None] & (local_ids >= 0) & (local_ids < n_local)
+        local_ids = jnp.where(is_local, local_ids, none)
+        out, stats = _over_ranks(expert_fn, params, received, gates, local_ids, within_node)
+        return combine(out, indices, hop), stats
 
     nodes = jnp.arange(hop.size)[None, None, :]
-    wanted = (ids[:, :, None] // nowhere == nodes).any(1)  # [t nodes]
-    keys = jnp.sort(jnp.where(wanted, nodes[0], hop.size), axis=1)[:, : route.max_nodes]
+    needed = (ids[:, :, None] // n_local == nodes).any(1)  # [t nodes]
+    keys = jnp.sort(jnp.where(needed, nodes[0], hop.size), axis=1)[:, : config.max_nodes]
     plan = plan_rounds(keys, hop)
-    n_rounds = lax.pmax(plan.n_rounds, "rank")  # inside, all ranks of a node work together
-    more = rows.shape[0] > hop.capacity
-    return _in_rounds(one_round, params, rows, weights, (plan, ids), n_rounds, more)
+    n_rounds = lax.pmax(plan.n_rounds, "rank")  # the ranks of a node work together in each round
+    max_rounds = -(-rows.shape[0] // hop.capacity)
+    return _sum_rounds(run_round, params, rows, gates, (plan, ids), n_rounds, max_rounds)
 
 
-def _in_rounds(one_round: Callable, params, rows, weights, plan, n_rounds, more: bool):
-    """Sum of `one_round(i, params, rows, weights, plan)` over all rounds.
+def _sum_rounds(
+    run_round: Callable, params: RoundParams, rows, gates, plan, n_rounds, max_rounds: int
+):
+    """Return the sum of `run_round(i, params, rows, gates, plan)` over all rounds.
 
     Args:
-        params: those of the first round, and of all others.
-        more: whether any routing needs more than one.
+        n_rounds: rounds that this routing needs.
+        max_rounds: rounds that some routing may need.
     """
-    y, traffic = one_round(0, params, rows, weights, plan)
-    if not more:
-        return y, traffic
-
-    def further(index, later, *inputs):
-        return one_round(index, (later, later), *inputs)
-
-    rest = _further_rounds(further, params[1], rows, weights, (plan, n_rounds))
-    return jax.tree.map(jnp.add, (y, traffic), rest)
+    first = run_round(0, params, rows, gates, plan)
+    if max_rounds <= 1:
+        return first
+    extra = _extra_rounds(run_round, params.extra, rows, gates, (plan, n_rounds))
+    return jax.tree.map(jnp.add, first, extra)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further_rounds(one_round, params, rows, weights, plan):
-    """Sum of `one_round(i, ...)` for 1 <= i < n_rounds; the backward runs each round again."""
-    plan, n_rounds = plan
-    shapes = jax.eval_shape(one_round, 1, params, rows, weights, plan)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+def _extra_rounds(run_round, params, rows, gates, plan_and_n_rounds):
+    """Return the sum over the rounds 1 <= i < n_rounds; backward runs each of them again."""
+    plan, n_rounds = plan_and_n_rounds
+
+    def one(i):
+        return run_round(i, RoundParams(params, params), rows, gates, plan)
 
     def body(i, total):
-        return jax.tree.map(jnp.add, total, one_round(i, params, rows, weights, plan))
+        return jax.tree.map(jnp.add, total, one(i))
 
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 1))
     with jax.named_scope(EXTRA_ROUNDS):
         return lax.fori_loop(1, n_rounds, body, zeros)
 
 
-def _further_rounds_forward(one_round, *saved):
-    return _further_rounds(one_round, *saved), saved
+def _extra_rounds_forward(run_round, *saved):
+    return _extra_rounds(run_round, *saved), saved
 
 
-def _further_rounds_backward(one_round, saved, grads):
+def _extra_rounds_backward(run_round, saved, grads):
     *inputs, (plan, n_rounds) = saved
 
     def body(i, totals):
-        _, pull = jax.vjp(lambda *inputs: one_round(i, *inputs, plan)[0], *inputs)
+        def one(params, rows, gates):
+            return run_round(i, RoundParams(params, params), rows, gates, plan)[0]
+
+        _, pull = jax.vjp(one, *inputs)
         d_inputs = pull(grads[0])
         return jax.tree.map(lambda total, d: total + d.astype(total.dtype), totals, d_inputs)
 
@@ -214,4 +244,4 @@ def _further_rounds_backward(one_round, saved, grads):
     return *jax.tree.map(lambda total, x: total.astype(x.dtype), totals, tuple(inputs)), None
 
 
-_further_rounds.defvjp(_further_rounds_forward, _further_rounds_backward)
+_extra_rounds.defvjp(_extra_rounds_forward, _extra_rounds_backward)

@@ -15,7 +15,6 @@ from reference.exchange import emulated_ragged, expert_sum, expert_sum_gradients
 from reference.routings import D, E, K, O, T, adversarial, apply_matrices, integers, only, pick
 
 from sharding.dispatch import (
-    IDENTITY,
     Hop,
     WireFormat,
     combine,
@@ -25,6 +24,7 @@ from sharding.dispatch import (
     round_indices,
 )
 from sharding.expert_parallel import DispatchConfig, expert_all_to_all, make_dispatch_config
+from sharding.layout import Layout
 from sharding.mesh import BATCH, EXPERT_AXES, make_mesh, manual_region, parse_mesh
 
 EXPERTS = PartitionSpec(EXPERT_AXES)
@@ -52,18 +52,18 @@ def cases() -> list[tuple]:
 
 
 @functools.cache
-def program(mesh_text: str, pairs: int, rows: int, ragged: bool):
-    """(matrices, rows, weights, ids, cotangent) -> y, their gradients, pairs computed, rounds."""
+def program(mesh_text: str, copies: int, rows: int, ragged: bool):
+    """(matrices, rows, weights, ids, cotangent) -> y, their gradients, copies computed, rounds."""
     spec = parse_mesh(mesh_text)
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
-    route = DispatchConfig(spec, E, pairs, rows, spec.nodes, ragged)
+    config = DispatchConfig(spec, E, copies, rows, spec.nodes, ragged)
 
     def shard(matrices, rows, weights, ids, cotangent):
-        run = functools.partial(expert_all_to_all, apply_matrices, ids=ids, route=route)
-        y, pull, traffic = jax.vjp(lambda *x: run(*x), matrices, rows, weights, has_aux=True)
+        run = functools.partial(expert_all_to_all, apply_matrices, ids=ids, config=config)
+        y, pull, stats = jax.vjp(lambda *x: run(*x), matrices, rows, weights, has_aux=True)
         d_matrices, d_rows, d_weights = pull(cotangent)
         d_matrices = jax.lax.psum(d_matrices, "dp")
-        return y, d_matrices, d_rows, d_weights, traffic.pairs[None], traffic.rounds[None]
+        return y, d_matrices, d_rows, d_weights, stats.n_copies[None], stats.n_rounds[None]
 
     return jax.jit(
         manual_region(
@@ -75,9 +75,9 @@ def program(mesh_text: str, pairs: int, rows: int, ragged: bool):
     ), spec
 
 
-def check(mesh_text: str, pairs: int, chosen: list[tuple], rows: int = 0, ragged: bool = False):
+def check(mesh_text: str, copies: int, chosen: list[tuple], rows: int = 0, ragged: bool = False):
     """All four results exact; returns the most rounds that a device ran."""
-    run, spec = program(mesh_text, pairs, rows, ragged)
+    run, spec = program(mesh_text, copies, rows, ragged)
     most_rounds = 0
     for name, inputs, want in chosen:
         *got, computed, ran = map(np.asarray, run(*inputs))
@@ -88,14 +88,14 @@ def check(mesh_text: str, pairs: int, chosen: list[tuple], rows: int = 0, ragged
         owner = ids.reshape(spec.dp, -1, K) * spec.ep // E
         load = np.stack([np.bincount(part.reshape(-1), minlength=spec.ep) for part in owner])
         np.testing.assert_array_equal(computed, load.reshape(-1), err_msg=name)
-        expected = n_rounds(ids, spec.dp, spec.nodes, spec.ranks, E, pairs, rows)
+        expected = n_rounds(ids, spec.dp, spec.nodes, spec.ranks, E, copies, rows)
         np.testing.assert_array_equal(ran, np.repeat(expected, spec.ranks), err_msg=name)
         most_rounds = max(most_rounds, ran.max())
     return most_rounds
 
 
 @pytest.mark.parametrize(
-    "mesh, pairs, rows, most_rounds",
+    "mesh, copies, rows, most_rounds",
     [
         ("ep1", 264, 0, 1),  # all in one round
         ("ep1", 40, 0, 7),
@@ -104,30 +104,30 @@ def check(mesh_text: str, pairs: int, chosen: list[tuple], rows: int = 0, ragged
         ("dp2,ep4", 8, 0, 5),
         ("ep2x4", 8, 5, 9),  # rows take 3 rounds to the nodes, each its own inside
         ("ep4x2", 16, 7, 9),
-        ("dp2,ep2x2", 33, 11, 2),  # all rows at once, their pairs not
+        ("dp2,ep2x2", 33, 11, 2),  # all rows at once, their copies not
         ("dp2,ep2x2", 132, 22, 1),  # the most that can happen fits
     ],
 )
-def test_adversarial_routings(mesh, pairs, rows, most_rounds):
-    assert check(mesh, pairs, cases()[N_RANDOM:], rows) == most_rounds
+def test_adversarial_routings(mesh, copies, rows, most_rounds):
+    assert check(mesh, copies, cases()[N_RANDOM:], rows) == most_rounds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, pairs, rows", [("ep1", 264, 0), ("ep4", 16, 0), ("ep8", 5, 0), ("ep2x4", 12, 6)]
+    "mesh, copies, rows", [("ep1", 264, 0), ("ep4", 16, 0), ("ep8", 5, 0), ("ep2x4", 12, 6)]
 )
-def test_random_routings(mesh, pairs, rows):
-    check(mesh, pairs, cases()[:N_RANDOM], rows)
+def test_random_routings(mesh, copies, rows):
+    check(mesh, copies, cases()[:N_RANDOM], rows)
 
 
 @pytest.mark.parametrize(
-    "mesh, pairs, rows",
+    "mesh, copies, rows",
     [("ep4", 16, 0), pytest.param("dp2,ep2x2", 20, 8, marks=pytest.mark.slow)],
 )
-def test_ragged_transport(mesh, pairs, rows, monkeypatch):
+def test_ragged_transport(mesh, copies, rows, monkeypatch):
     """The same rounds by `ragged_all_to_all`, which XLA's CPU backend lacks: it is emulated."""
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated_ragged)
-    check(mesh, pairs, cases()[N_RANDOM - 60 :], rows, ragged=True)
+    check(mesh, copies, cases()[N_RANDOM - 60 :], rows, ragged=True)
 
 
 def test_groups_with_different_rounds():
@@ -166,11 +166,11 @@ def in_region(mesh_text: str, fn, n_out: int = 1):
 @pytest.mark.parametrize("mesh, capacity", [("ep1", 30), ("ep4", 8), ("ep2x4", 8)])
 def test_dispatch_then_combine_is_k_times_the_row(mesh, capacity):
     """With experts that do nothing, whatever the routing and the number of rounds."""
-    route = DispatchConfig(parse_mesh(mesh), E, capacity, 4, 2)
+    config = DispatchConfig(parse_mesh(mesh), E, capacity, 4, 2)
 
     def run(rows, ids):
         ones = jnp.ones(ids.shape)
-        return expert_all_to_all(lambda params, rows, *_: rows, (), rows, ones, ids, route)[0]
+        return expert_all_to_all(lambda params, rows, *_: rows, (), rows, ones, ids, config)[0]
 
     compiled = in_region(mesh, run)
     rows = integers(np.random.default_rng(3), T, D)
@@ -182,15 +182,15 @@ def test_dispatch_then_combine_is_k_times_the_row(mesh, capacity):
 def test_some_choices_are_none(mesh):
     """An id past the last expert goes nowhere, and a row may have no expert at all."""
     rng = np.random.default_rng(7)
-    route = DispatchConfig(parse_mesh(mesh), E, 8, 4, 2)
+    config = DispatchConfig(parse_mesh(mesh), E, 8, 4, 2)
 
     def run(matrices, rows, weights, ids):
         matrices = jax.lax.dynamic_slice_in_dim(
-            matrices, jax.lax.axis_index(EXPERT_AXES) * (E // route.mesh.ep), E // route.mesh.ep
+            matrices, jax.lax.axis_index(EXPERT_AXES) * (E // config.mesh.ep), E // config.mesh.ep
         )
-        return expert_all_to_all(apply_matrices, matrices, rows, weights, ids, route)[0]
+        return expert_all_to_all(apply_matrices, matrices, rows, weights, ids, config)[0]
 
-    spec = route.mesh
+    spec = config.mesh
     device_mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
     specs = (PartitionSpec(), BATCH, BATCH, BATCH)
     compiled = jax.jit(manual_region(run, device_mesh, specs, BATCH))
@@ -208,18 +208,18 @@ HALVES = WireFormat(
 
 
 @pytest.mark.parametrize("mesh, capacity", [("ep1", 264), ("ep4", 16), ("ep2x4", 12)])
-def test_wire(mesh, capacity):
+def test_wire_format(mesh, capacity):
     """Rows go out coded as a pytree of several formats; results come back as they are.
 
-    The wire says "all entries of a row are odd, or none": of other rows it makes the nearest, as
+    The format says "all entries of a row are odd, or none": of other rows it makes the nearest, as
     FP8 rounds. Forward it is the rows that are rounded, backward the gradient of the result.
     """
-    route = DispatchConfig(parse_mesh(mesh), E, capacity, 6, 2, wire=HALVES)
-    device_mesh = make_mesh(route.mesh, jax.devices()[: route.mesh.n_devices])
+    config = DispatchConfig(parse_mesh(mesh), E, capacity, 6, 2, wire_format=HALVES)
+    device_mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.n_devices])
 
     def shard(matrices, rows, weights, ids, cotangent):
         def run(*x):
-            return expert_all_to_all(apply_matrices, *x, ids, route)
+            return expert_all_to_all(apply_matrices, *x, ids, config)
 
         y, pull, _ = jax.vjp(run, matrices, rows, weights, has_aux=True)
         return y, *pull(cotangent)
@@ -249,9 +249,10 @@ def test_one_hop(ragged, n_groups, monkeypatch):
     def run(rows, ids):
         plan = plan_rounds(ids, hop)
         rounds = [round_indices(plan, hop, i) for i in range(5)]
-        received = [dispatch(rows, at, hop) for at in rounds]
-        back = sum(combine(x, at, hop) for x, at in zip(received, rounds, strict=True))
-        return jnp.stack(received)[None], jnp.stack([at.sizes for at in rounds])[None], back
+        received = [dispatch(rows, indices, hop) for indices in rounds]
+        back = sum(combine(x, indices, hop) for x, indices in zip(received, rounds, strict=True))
+        group_sizes = jnp.stack([indices.group_sizes for indices in rounds])
+        return jnp.stack(received)[None], group_sizes[None], back
 
     compiled = in_region(mesh, run, 3)
     token = np.arange(1, T + 1, dtype=np.float32)[:, None]
@@ -268,33 +269,35 @@ def test_one_hop(ragged, n_groups, monkeypatch):
             where = np.argwhere(mine // n_groups == device % 4)
             first = device // 4 * (T // 2) + 1
             want = [(first + row, mine[row, k]) for row, k in where]
-            assert sorted(got) == sorted(want), f"{name}: a pair was lost or came twice"
+            assert sorted(got) == sorted(want), f"{name}: a token copy was lost or came twice"
 
 
-def test_route():
-    """The 671B exchange on 8 nodes of 8: buffers of 1.25 times 4 rows and 8 pairs a token."""
+def test_dispatch_config():
+    """The 671B exchange on 8 nodes of 8: buffers of 1.25 times 4 rows and 8 copies per token."""
     spec = parse_mesh("ep8x8")
-    route = make_dispatch_config(spec, 256, 2048, 8, 1.25, 4)
-    assert (route.rows, route.pairs, route.max_nodes) == (1280, 2560, 4)
-    assert route.to_nodes() == Hop(("node",), 8, 1, 1280, False, IDENTITY, loose=True)
-    assert route.inside().to_ranks() == Hop(("rank",), 8, 4, 2560, False, IDENTITY)
-    flat = make_dispatch_config(parse_mesh("ep64"), 256, 2048, 8, 1.25, 1)
-    assert flat.to_ranks() == Hop(("rank",), 64, 4, 320, False, IDENTITY)
-    few = make_dispatch_config(parse_mesh("ep2x4"), 16, 10, 3, 1.25, 4)
-    assert (few.rows, few.max_nodes) == (10, 2), "no more rows or nodes than there are"
+    config = make_dispatch_config(Layout(mesh=spec), 256, 2048, 8, 8, 4)
+    assert (config.rows_per_round, config.copies_per_round, config.max_nodes) == (1280, 2560, 4)
+    assert config.node_hop() == Hop(("node",), 8, 1, 1280, keep_source_order=True)
+    assert config.within_node().rank_hop() == Hop(("rank",), 8, 4, 2560)
+    flat = make_dispatch_config(Layout(mesh=parse_mesh("ep64")), 256, 2048, 8, 8, 4)
+    assert flat.rank_hop() == Hop(("rank",), 64, 4, 320)
+    few = make_dispatch_config(Layout(mesh=parse_mesh("ep2x4")), 16, 10, 3, 4, 4)
+    assert (few.rows_per_round, few.max_nodes) == (10, 2), "no more rows or nodes than there are"
+    scattered = make_dispatch_config(Layout(mesh=parse_mesh("ep4x2")), 24, 40, 3, 6, 2)
+    assert scattered.max_nodes == 4, "6 groups do not divide over 4 nodes"
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.25, 2.0])
-@pytest.mark.parametrize("n_pairs", [1, 7, 24, 264, 32_768])
+@pytest.mark.parametrize("n_copies", [1, 7, 24, 264, 32_768])
 @pytest.mark.parametrize("ep", [1, 4, 64])
-def test_capacity(n_pairs, ep, factor):
+def test_capacity(n_copies, ep, factor):
     """All on one rank; else eights that hold the balanced load, and no more than there is."""
-    size = round_capacity(n_pairs, ep, factor)
-    assert 1 <= size <= n_pairs
+    size = round_capacity(n_copies, ep, factor)
+    assert 1 <= size <= n_copies
     if ep == 1:
-        assert size == n_pairs
-    elif size < n_pairs:
-        assert size % 8 == 0 and 0 <= size * ep - int(factor * n_pairs) < 8 * ep
+        assert size == n_copies
+    elif size < n_copies:
+        assert size % 8 == 0 and 0 <= size * ep - int(factor * n_copies) < 8 * ep
     assert round_capacity(4096 * 8, 64, 1.25) == 640
 
 

@@ -40,7 +40,7 @@ def placements(rng) -> dict[str, np.ndarray]:
 @functools.cache
 def program(mesh_text: str):
     spec = parse_mesh(mesh_text)
-    route = DispatchConfig(spec, E + N_EXTRA, 16, 6, spec.nodes)
+    dispatch_config = DispatchConfig(spec, E + N_EXTRA, 16, 6, spec.nodes)
 
     def shard(matrices, rows, weights, ids, cotangent, extra):
         slots = logical_to_physical(ids, extra, E, spec)
@@ -52,12 +52,12 @@ def program(mesh_text: str):
                 rows,
                 weights,
                 slots,
-                route,
+                dispatch_config,
             )
 
-        y, pull, traffic = jax.vjp(run, matrices, rows, weights, has_aux=True)
+        y, pull, stats = jax.vjp(run, matrices, rows, weights, has_aux=True)
         d_matrices, *others = pull(cotangent)
-        return y, jax.lax.psum(d_matrices, "dp"), *others, traffic.pairs[None]
+        return y, jax.lax.psum(d_matrices, "dp"), *others, stats.n_copies[None]
 
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
     specs = (EXPERTS, BATCH, BATCH, BATCH, BATCH, PartitionSpec())
@@ -75,12 +75,12 @@ def test_values_and_gradients_are_those_without(mesh):
         for name, ids in list(adversarial(rng).items())[::3]:
             inputs = (integers(rng, E, O, D), integers(rng, T, D), integers(rng, T, K))
             cotangent = integers(rng, T, O)
-            *got, pairs = run(*inputs, ids, cotangent, extra.astype(np.int32))
+            *got, n_copies = run(*inputs, ids, cotangent, extra.astype(np.int32))
             wanted = (
                 expert_sum(*inputs, ids),
                 *expert_sum_gradients(*inputs, ids, cotangent),
             )
-            assert pairs.sum() == T * K
+            assert n_copies.sum() == T * K
             for a, b in zip(got, wanted, strict=True):
                 np.testing.assert_array_equal(a, b, err_msg=f"{place}, {name}")
     assert run._cache_size() == 1, "a placement is data"

@@ -35,6 +35,7 @@ from dsv3_jax.optimizer import make_optimizer, updated_bias
 from dsv3_jax.training.state import abstract_state, fresh_state
 from dsv3_jax.training.step import loss_and_gradients, make_step, summarize, update_bias
 from sharding.expert_parallel import make_dispatch_config
+from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
 
 N_PAIRS = BATCH_SIZE * LENGTH * TOP_K
@@ -73,12 +74,11 @@ def rounds_of(experts, mesh: str, pieces: int) -> int:
     """Rounds when every token goes to these experts."""
     spec = parse_mesh(mesh)
     n_tokens = BATCH_SIZE * LENGTH // spec.n_data_shards // pieces
-    route = make_dispatch_config(
-        spec, N_EXPERTS, n_tokens, TOP_K, ParallelConfig().capacity_factor, 2
-    )
+    layout = Layout(mesh=spec, capacity_factor=ParallelConfig().capacity_factor)
+    config = make_dispatch_config(layout, N_EXPERTS, n_tokens, TOP_K, 4, 2)
     ids = np.tile(experts, (n_tokens * spec.n_data_shards, 1))
-    sizes = (spec.dp, spec.nodes, spec.ranks, N_EXPERTS, route.pairs, route.rows)
-    return n_rounds(ids, *sizes).max()
+    capacities = (config.copies_per_round, config.rows_per_round)
+    return n_rounds(ids, spec.dp, spec.nodes, spec.ranks, N_EXPERTS, *capacities).max()
 
 
 def check(mesh, zero, remat="report", pieces=1):

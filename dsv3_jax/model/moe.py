@@ -21,7 +21,7 @@ from dsv3_jax.numerics.matmul import Groups, Weight, matmul, swiglu_matmul, unde
 from dsv3_jax.params import make_param
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.context_parallel import psum_sequence
-from sharding.expert_parallel import DispatchConfig, expert_all_to_all, make_dispatch_config
+from sharding.expert_parallel import expert_all_to_all, make_dispatch_config
 from sharding.layout import Layout
 from sharding.redundant_experts import append_redundant_experts, logical_to_physical
 
@@ -97,17 +97,22 @@ class MoE(nnx.Module):
         lost = ~jnp.isfinite(rearrange(logits, "b t e -> (b t) e")).all(-1)
         ids = jnp.where(lost[:, None], m.n_experts, ids)
         gates, ids = checkpoint_name(gates, "gates"), checkpoint_name(ids, "expert_ids")
-        route = self.route(layout, tokens.shape[0])
+        n_physical = m.n_experts + m.n_redundant
+        dispatch_config = make_dispatch_config(
+            layout, n_physical, tokens.shape[0], m.top_k, m.n_groups, m.topk_groups
+        )
         experts = (self.gate_up.get_value(), self.down.get_value())
-        slots = ids
+        physical_ids = ids
         if m.n_redundant:
             experts = append_redundant_experts(experts, self.redundant[...], layout.mesh)
-            slots = logical_to_physical(ids, self.redundant[...], m.n_experts, layout.mesh)
+            physical_ids = logical_to_physical(ids, self.redundant[...], m.n_experts, layout.mesh)
         run = functools.partial(apply_experts, layout.mesh.platform)
         further = tuple(
             map(undeferred, experts)
         )  # rounds, which are rare and summed where they run
-        routed, traffic = expert_all_to_all(run, experts, tokens, gates, slots, route, further)
+        routed, dispatched = expert_all_to_all(
+            run, experts, tokens, gates, physical_ids, dispatch_config, further
+        )
         y = rearrange(routed, "(b t) d -> b t d", b=h.shape[0])
         if m.n_shared:
             y = y + self.shared(h)
@@ -115,17 +120,10 @@ class MoE(nnx.Module):
         return y, Routed(
             counts=jax.vmap(expert_counts, in_axes=(0, None))(sequences, m.n_experts),
             affinity=(scores / scores.sum(-1, keepdims=True)).sum(1),
-            rounds=traffic.rounds,
-            sent=traffic.pairs,
+            rounds=dispatched.n_rounds,
+            sent=dispatched.n_copies,
             lost=lost.sum(),
         )
-
-    def route(self, layout: Layout, n_tokens: int) -> DispatchConfig:
-        """How tokens reach their experts; with groups laid over nodes, at most on M nodes."""
-        m, mesh = self.config, layout.mesh
-        max_nodes = mesh.nodes if m.n_groups % mesh.nodes else m.topk_groups
-        sizes = (m.n_experts + m.n_redundant, n_tokens, m.top_k, layout.capacity_factor, max_nodes)
-        return make_dispatch_config(mesh, *sizes, layout.ragged, layout.wire_format)
 
     def router_logits(self, h: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
         """h . e_i in float32, whatever the device's default precision of products is."""

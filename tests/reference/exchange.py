@@ -9,7 +9,7 @@ from jax import lax
 
 
 def expert_sum(matrices, rows, weights, ids):
-    """[E O D], [T D], [T K], [T K] -> [T O], pair by pair over the experts."""
+    """[E O D], [T D], [T K], [T K] -> [T O], copy by copy over the experts."""
     y = np.zeros((len(rows), matrices.shape[1]), rows.dtype)
     for expert, matrix in enumerate(matrices):
         for k in range(ids.shape[1]):
@@ -31,15 +31,15 @@ def expert_sum_gradients(matrices, rows, weights, ids, cotangent):
     return d_matrices, d_rows, d_weights
 
 
-def n_rounds(ids, dp, nodes, ranks, n_experts, pairs, rows):
+def n_rounds(ids, dp, nodes, ranks, n_experts, copies, rows):
     """How often the experts run in each node of each of the dp groups.
 
     Rows go to nodes, at most `rows` a round from each device to each, tokens in their order; from
-    where they arrive their pairs go to ranks, at most `pairs` a round, the busiest way deciding.
+    where they arrive their copies go to ranks, at most `copies` a round, the busiest way deciding.
     """
     out = []
     for group in ids.reshape(dp, nodes * ranks, -1, ids.shape[-1]):
-        counts = {}  # (round to nodes, node, from rank, to rank) -> pairs
+        counts = {}  # (round to nodes, node, from rank, to rank) -> copies
         for device, tokens in enumerate(group):
             gone = np.zeros(nodes, int)
             for token in tokens:
@@ -53,7 +53,7 @@ def n_rounds(ids, dp, nodes, ranks, n_experts, pairs, rows):
         outer = 1 + max(way[0] for way in counts)
         for node in range(nodes):  # once a round at least, for the first is always run
             ways = [[n for way, n in counts.items() if way[:2] == (i, node)] for i in range(outer)]
-            out.append(sum(max(1, -(-max(n, default=0) // pairs)) for n in ways))
+            out.append(sum(max(1, -(-max(n, default=0) // copies)) for n in ways))
     return np.array(out)
 
 
