@@ -97,6 +97,10 @@ class RoundIndices(NamedTuple):
         """Return which slots of the receive buffer are filled, if the hop keeps source order."""
         return (jnp.arange(hop.capacity)[None, :] < self.recv_sizes).reshape(-1)
 
+    def per_copy(self) -> "RoundIndices":
+        """Return the same round for an array [t*K ...] that has one row per copy."""
+        return self._replace(copy_to_slot=self.copy_to_slot.reshape(-1, 1))
+
 
 def round_capacity(n_copies: int, size: int, factor: float) -> int:
     """Return the copies per round from one peer to another.
@@ -164,11 +168,6 @@ def round_indices(plan: DispatchPlan, hop: Hop, index: int | Int[Array, ""]) -> 
         recv_offsets=target[:, me],
         peer_send_offsets=start[:, me],
     )
-
-
-def indices_per_copy(indices: RoundIndices) -> RoundIndices:
-    """Return the same round for an array [t*K ...] that has one row per copy."""
-    return indices._replace(copy_to_slot=indices.copy_to_slot.reshape(-1, 1))
 
 
 def _exclusive_cumsum(sizes: jax.Array) -> jax.Array:

@@ -30,7 +30,6 @@ from sharding.dispatch import (
     WireFormat,
     combine,
     dispatch,
-    indices_per_copy,
     plan_rounds,
     round_capacity,
     round_indices,
@@ -149,11 +148,8 @@ def _over_ranks(expert_fn, params: RoundParams, rows, gates, ids, config: Dispat
     def run_round(index, params: RoundParams, rows, gates, plan: DispatchPlan):
         indices = round_indices(plan, hop, index)
         received = dispatch(rows, indices, hop)
-        gates = dispatch(
-            rearrange(gates, "t k -> (t k) 1"),
-            indices_per_copy(indices),
-            hop._replace(wire_format=IDENTITY),
-        )
+        gates = rearrange(gates, "t k -> (t k) 1")
+        gates = dispatch(gates, indices.per_copy(), hop._replace(wire_format=IDENTITY))
         out = expert_fn(params.first, received, gates[:, 0], indices.group_sizes)
         out = combine(out, indices, hop)
         return out, DispatchStats(n_rounds=jnp.int32(1), n_copies=indices.group_sizes.sum())
