@@ -1,11 +1,11 @@
-"""Our cached decoding against transformers' on one CPU device: tokens/s, ratio, bytes of the cache.
+"""Our cached decoding against transformers' on one CPU: tokens/s, their ratio, cache bytes.
 
     pip install -c constraints.txt -e '.[parity]'
     python benchmarks/decode.py
 
 Both sides hold the same 8.8M-parameter model of `train_step.py` in float32 and continue the same
-random prompts greedily; the ids must come out the same. A decode step's time is that of a
-generation with many new tokens less that of one with a single new token; sides take turns.
+random prompts greedily; their ids must be equal. The time of a decode step is that of a generation
+with many new tokens less that of one with a single new token; sides run in turn.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Generate = Callable[[np.ndarray, int], np.ndarray]  # prompts [B T], n -> new to
 
 
 def our_generate(model: DeepSeekV3) -> tuple[Generate, Callable[[int], int]]:
-    """Our side, and the bytes of its cache for a batch of `n` tokens in all."""
+    """Return our side, and the bytes of its cache as a function of the batch's tokens."""
     generator = Generator(model, make_mesh(MeshSpec(), jax.devices()[:1]))
 
     def run(prompts: np.ndarray, n: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def our_generate(model: DeepSeekV3) -> tuple[Generate, Callable[[int], int]]:
 
 
 def transformers_generate(folder: Path) -> tuple[Generate, Callable[[int], int]]:
-    """The same of transformers, loaded from our export."""
+    """Return the same for transformers, loaded from our export."""
     import torch
     from transformers import DeepseekV3ForCausalLM
 
@@ -69,7 +69,7 @@ def transformers_generate(folder: Path) -> tuple[Generate, Callable[[int], int]]
 def measure(
     sides: dict[str, Generate], prompts: np.ndarray, n: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds a decode step of each side, in turns; raises if the continuations differ."""
+    """Return the seconds per decode step of each side; raise if the continuations differ."""
     seconds = {name: [] for name in sides}
     for turn in range(rounds + 1):  # the first turn compiles
         continuations = {}
@@ -88,10 +88,12 @@ def measure(
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--new", type=int, default=128)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each side (default: 5)")
+    parser.add_argument("--context", type=int, default=512, help="tokens of the prompts")
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate")
     parser.add_argument("--ours", action="store_true", help="leave transformers out")
     arguments = parser.parse_args()
     model = DeepSeekV3(CONFIG.model, Policy(), rngs=nnx.Rngs(0))
@@ -103,7 +105,7 @@ def main():
             sides["transformers"], cache_bytes["transformers"] = theirs
         sides["dsv3_jax"], cache_bytes["dsv3_jax"] = our_generate(model)
     table = Table(title=f"greedy decoding after {arguments.context} tokens")
-    for column in ("batch", "", "ms a step", "tokens/s", "speed against ours", "cache"):
+    for column in ("batch", "", "ms per step", "tokens/s", "speed against ours", "cache"):
         table.add_column(column, justify="right")
     for batch in (1, 8):
         rng = np.random.default_rng(batch)

@@ -1,20 +1,20 @@
-"""FP8 against bfloat16: what it does to the loss, to layers with outliers, and to time.
+"""FP8 against bfloat16: the loss, the error under outliers, and the time.
 
     python benchmarks/fp8.py train                three seeds, three formats: hours of 2 cores
-    python benchmarks/fp8.py train --plot-only    the table and picture of runs that are there
-    python benchmarks/fp8.py scaling              error of a product by how scales are shared
-    python benchmarks/fp8.py cost                 quantisation in the compiled step of 671B
-    python benchmarks/fp8.py cycles               the kernel against products of XLA, on tpu7x
+    python benchmarks/fp8.py train --plot-only    the table and picture of earlier runs
+    python benchmarks/fp8.py scaling              error of a matmul by the granularity of its scales
+    python benchmarks/fp8.py cost                 quantization in the compiled step of 671B
+    python benchmarks/fp8.py cycles               our kernel against XLA's matmuls, on tpu7x
 
 `train` runs `train.py` on the instant corpus with the same text, order and seeds in FP8, bfloat16
-and, to see what chance does, float32, and compares held-out losses, smoothed over steps. Runs lie
-in `--workdir`; the same command goes on where it was stopped. `cost` compiles the step for TPUs
-(dsv3_jax/tunnel) in both formats and adds up where quantisation stands by itself; what the compiler
-put into other work costs nothing more there. `cycles` compiles products for tpu7x: XLA estimates
-the cycles of its own; the kernel's are its instruction bundles, each a cycle, times the turns of
-its loops. Nothing runs, and nothing waits for memory. `scaling` multiplies activations of which a
-few channels are up to a million times as large as the others in FP8 with one scale a tensor, and
-with one a tile and block as here, and compares with the exact product.
+and float32 (which shows the effect of chance), and compares held-out losses, smoothed over steps.
+Runs lie in `--workdir`; the same command resumes them. `cost` compiles the step for TPUs
+(dsv3_jax/aot) in both formats and adds up the operations that only quantize; quantization that the
+compiler fused into other operations costs nothing there. `cycles` compiles matmuls for tpu7x: XLA
+estimates the cycles of its own; the kernel's are its instruction bundles, one per cycle, times the
+trips of its loops. Nothing runs, and waiting for memory is left out. `scaling` multiplies
+activations with a few channels up to a million times as large as the others, in FP8 with one scale
+per tensor and with one per tile and block as here, and compares with the exact product.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import load_preset
-from dsv3_jax.aot import hlo
-from dsv3_jax.aot.compile import ENVIRONMENT, compile_step, target_of
-from dsv3_jax.aot.report import walk_of
+from dsv3_jax.aot.compile import ENVIRONMENT, compile_step, make_target
+from dsv3_jax.aot.report import make_simulator
+from dsv3_jax.aot.simulator import Simulator
 from dsv3_jax.config_cli import override
 from dsv3_jax.numerics.kernels import fp8_tpu
 from dsv3_jax.numerics.quantize import BLOCK, TILE, QuantizedTensor, dequantize, quantize
@@ -81,6 +81,7 @@ SMOOTHED = 0.2  # share of the run that a smoothed loss is a mean over
 
 
 def run(workdir: Path, precision: str, seed: int, steps: int):
+    """Train one run to `steps`."""
     settings = (*SETTINGS, f"precision={precision}", f"train.seed={seed}")
     command = [sys.executable, str(ROOT / "train.py"), "--config=tiny", "--mesh=dp1"]
     command += [f"--workdir={workdir / f'{precision}_{seed}'}", f"--steps={steps}"]
@@ -90,13 +91,14 @@ def run(workdir: Path, precision: str, seed: int, steps: int):
 
 
 def held_out(workdir: Path, precision: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and held-out loss."""
+    """Return the steps of evaluations, and their held-out losses."""
     text = (workdir / f"{precision}_{seed}" / "metrics.jsonl").read_text()
     rows = [row for row in map(json.loads, text.splitlines()) if "eval_loss" in row]
     return np.array([row["step"] for row in rows]), np.array([row["eval_loss"] for row in rows])
 
 
 def compare(workdir: Path, seeds: range, picture: Path):
+    """Print a table of the losses and draw them."""
     table = Table(title="held-out loss, smoothed, at the end; differences from bfloat16")
     for column in ("seed", *FORMATS, "FP8", "float32"):
         table.add_column(column, justify="right")
@@ -122,8 +124,8 @@ def compare(workdir: Path, seeds: range, picture: Path):
         right.plot(steps, mean, line, color=color, linewidth=2.2, label=f"{name}, mean")
     for sign in (-1, 1):
         right.axhline(sign * 0.0025, color="#666666", linestyle=":", linewidth=1)
-    left.set(title="Held-out loss", xlabel="step", ylabel="nats a token")
-    right.set(title="Over bfloat16, smoothed; thin: a seed; dotted: 0.25 %", xlabel="step")
+    left.set(title="Held-out loss", xlabel="step", ylabel="nats per token")
+    right.set(title="Over bfloat16, smoothed; thin: one seed; dotted: 0.25 %", xlabel="step")
     right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -140,38 +142,47 @@ def compare(workdir: Path, seeds: range, picture: Path):
 
 
 def cost(mesh: str, topology: str):
-    """Seconds of the step of 671B in both formats, and of quantisation, by the tunnel's walk."""
-    table = Table(title=f"dsv3_671b, {mesh} on {topology}, a sequence a device, a step")
-    for column in ("precision", "step", "compute", "products", "quantisation", "share of step"):
+    """Print the simulated seconds of the 671B step in both formats, and those of quantization."""
+    table = Table(title=f"dsv3_671b, {mesh} on {topology}, one sequence per device: one step")
+    for column in ("precision", "step", "compute", "matmuls", "quantization", "share of step"):
         table.add_column(column, justify="right")
     for precision in ("bfloat16", "fp8"):
-        batch = f"train.batch={parse_mesh(mesh).data}"
+        batch = f"train.batch={parse_mesh(mesh).n_data_shards}"
         settings = (batch, f"precision={precision}", "precision.dispatch=fp8")
         config = override(load_preset("dsv3_671b"), *settings)
-        target = target_of(config, mesh, topology)
+        target = make_target(config, mesh, topology)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             compilation = compile_step(config, target, folder, {}, to_schedule=True)
-            walk = walk_of(config, target, folder, compilation)
-            step, runs = walk.step(), hlo.runs(walk.module, dict(walk.trips))
-        seconds = 0.0
-        for computation, times in runs.items():
-            by_name = walk.module.computations[computation].by_name
-            for event in walk.computation(computation).events:
-                at_work = event.lane == "compute" and event.kind in ("memory", "product")
-                if at_work and "/quantize/" in by_name[event.name].op_name:
-                    seconds += times * (event.end - event.start)
-        figures = (step.makespan, step.compute, step.products, seconds)
+            simulator = make_simulator(config, target, folder, compilation)
+        step = simulator.step()
+        seconds = quantization_seconds(simulator, simulator.module.entry)
+        figures = (step.makespan, step.compute, step.matmul_bound, seconds)
         share = f"{seconds / step.makespan:.1%}"
         table.add_row(precision, *(f"{x:.3f} s" for x in figures), share)
     Console().print(table)
+
+
+def quantization_seconds(simulator: Simulator, name: str) -> float:
+    """Return the seconds of operations that only quantize, in one run of a computation."""
+    computation, seconds = simulator.module.computations[name], 0.0
+    for event in simulator.computation(name).events:
+        instruction = computation.by_name[event.name]
+        if event.lane == "compute" and event.kind in ("memory", "matmul"):
+            quantizes = "/quantize/" in instruction.op_name
+            seconds += (event.end - event.start) * quantizes
+    for loop in computation.instructions:
+        if loop.opcode == "while":
+            body = simulator.module.body(loop).name
+            seconds += simulator.runs_of(loop) * quantization_seconds(simulator, body)
+    return seconds
 
 
 SHAPES = ((4096, 7168, 4096), (4096, 2048, 7168), (4096, 16384, 7168))  # M K N, as at 671B
 
 
 def cycles():
-    """A process a product, as the compiler is told once where to leave its texts."""
+    """Print the cycles of matmuls, each compiled in a process with its own folder for texts."""
     table = Table(title="thousand cycles on tpu7x (speed over bfloat16)")
     for column in ("M x K x N", "bfloat16", "plain FP8", "kernel, 128", "256 deep"):
         table.add_column(column, justify="right")
@@ -179,16 +190,16 @@ def cycles():
         found = {}
         for kind in ("bfloat16", "float8_e4m3fn", "128", "256"):
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, __file__, "one-product", kind, folder, *map(str, shape)]
+                command = [sys.executable, __file__, "one-matmul", kind, folder, *map(str, shape)]
                 found[kind] = float(subprocess.check_output(command, text=True).split()[-1])
-        wide = found["bfloat16"]
-        cells = (f"{n / 1e3:,.0f} ({wide / n:.2f})" for n in found.values())
+        base = found["bfloat16"]
+        cells = (f"{n / 1e3:,.0f} ({base / n:.2f})" for n in found.values())
         table.add_row("x".join(map(str, shape)), *cells)
     Console().print(table)
 
 
-def one_product(kind: str, folder: str, m: int, k: int, n: int):
-    """Print the cycles of one product."""
+def one_matmul(kind: str, folder: str, m: int, k: int, n: int):
+    """Print the cycles of one matmul."""
     dumps = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     os.environ.update(ENVIRONMENT | {"LIBTPU_INIT_ARGS": dumps if kind.isdigit() else ""})
     devices = topologies.get_topology_desc(platform="tpu", topology_name="tpu7x:2x2x1").devices
@@ -210,15 +221,15 @@ def one_product(kind: str, folder: str, m: int, k: int, n: int):
     jax.jit(fn).lower(x, w).compile()
     texts = [path.read_text() for path in Path(folder).glob("*final_bundles.txt")]
     (text,) = [t for t in texts if "hlo: grouped_scaled_matmul" in t]
-    pieces = fp8_tpu.largest_divisor(k // depth, fp8_tpu.STEP // depth)
-    turns = pieces // fp8_tpu.largest_divisor(pieces, fp8_tpu.UNROLL)
-    tiles, steps = -(-m // fp8_tpu.ROWS) * -(-n // fp8_tpu.COLUMNS), k // depth // pieces
+    k_blocks = fp8_tpu.largest_divisor(k // depth, fp8_tpu.STEP // depth)
+    trips = k_blocks // fp8_tpu.largest_divisor(k_blocks, fp8_tpu.UNROLL)
+    tiles, steps = -(-m // fp8_tpu.ROWS) * -(-n // fp8_tpu.COLUMNS), k // depth // k_blocks
     always, sometimes, inner = bundles(text)
-    print(tiles * steps * (always + turns * inner) + tiles * sometimes)
+    print(tiles * steps * (always + trips * inner) + tiles * sometimes)
 
 
 def bundles(text: str) -> tuple[int, int, int]:
-    """Of the loop over tiles, of its branches (a sum's begin and end), and of the loop inside."""
+    """Return the bundles of the loop over tiles, of its branches, and of the loop inside."""
     always = sometimes = inner = 0
     branch = False
     for line in text.splitlines():
@@ -234,21 +245,20 @@ def bundles(text: str) -> tuple[int, int, int]:
 
 
 def scaling():
-    """Relative error of a product, by how large a few channels are and how scales are shared."""
+    """Print the error of a matmul by the size of a few channels and the granularity of scales."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((512, 1024)), 0.02 * rng.standard_normal((1024, 512))
-    table = Table(title="error of a product in FP8, relative to its size")
-    for column in ("outliers", "a scale a tensor", "a scale a tile and block"):
+    table = Table(title="error of a matmul in FP8, relative to its size")
+    for column in ("outliers", "a scale per tensor", "a scale per tile and block"):
         table.add_column(column, justify="right")
     for size in (1, 1000, 10_000, 100_000, 1_000_000):
         rows = x.copy()
         rows[:, ::341] *= size  # 4 channels, in 3 of 8 tiles
         errors = []
         for tile, block in (((512, 1024), (1024, 512)), (TILE, BLOCK)):
-            codes = quantize(jnp.asarray(rows), tile), quantize(jnp.asarray(w), block)
-            wide = (np.float64(dequantize(c, b)) for c, b in zip(codes, (tile, block), strict=True))
-            left, right = wide
-            # What outliers add to the sum is exact enough either way: the rest of it is looked at.
+            left = np.float64(dequantize(quantize(jnp.asarray(rows), tile), tile))
+            right = np.float64(dequantize(quantize(jnp.asarray(w), block), block))
+            # The channels of outliers are exact enough either way: the others are compared.
             small = np.ones(1024, bool)
             small[::341] = False
             got, want = left[:, small] @ right[small], rows[:, small] @ w[small]
@@ -269,9 +279,9 @@ def main():
     parser.add_argument("--plot-only", action="store_true", help="train nothing")
     parser.add_argument("--mesh", default="dp16,ep64", help="for cost (default: dp16,ep64)")
     parser.add_argument("--topology", default="tpu7x:8x8x8", help="for cost")
-    if sys.argv[1:2] == ["one-product"]:
+    if sys.argv[1:2] == ["one-matmul"]:
         kind, folder, *shape = sys.argv[2:]
-        one_product(kind, folder, *map(int, shape))
+        one_matmul(kind, folder, *map(int, shape))
         return
     arguments = parser.parse_args()
     if arguments.what == "cycles":

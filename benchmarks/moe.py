@@ -1,13 +1,13 @@
-"""The MoE layer, forward and backward, on one CPU device: ours, transformers', ragged_dot, dense.
+"""The MoE layer, forward and backward, on one CPU: ours, transformers', ragged_dot, dense.
 
     pip install -c constraints.txt -e '.[parity]'
     python benchmarks/moe.py [--plot=moe.png]
 
 All sides compute the same layer in float32: a router of 16 or 64 experts and the routed experts,
 with gradients of the input and of all weights, on the same tokens, weights and routing, balanced or
-as uneven as 1/rank (Zipf). The last is no layer but the floor: one dense product with the
-multiply-adds of the experts' products, and its two gradients. Sides take turns; medians are
-compared. `--plot` sweeps tokens, experts and skew instead and draws our time over the floor's.
+as uneven as 1/rank (Zipf). The last side is no layer but a lower bound: one dense matmul with the
+multiply-adds of the experts' matmuls, and its two gradients. Sides run in turn; medians are
+compared. `--plot` sweeps tokens, experts and skew instead and draws our time over the bound.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from rich.table import Table
 
 from configs import load_preset
 from dsv3_jax.config import MoEConfig
-from dsv3_jax.model import moe as moe_layer
+from dsv3_jax.model.moe import MoE
+from dsv3_jax.numerics import matmul
 from dsv3_jax.training.host import with_huge_pages
 from sharding.layout import Layout
 
@@ -36,7 +37,7 @@ TOP_K, WIDTH, HIDDEN = 4, 512, 512
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One layer at work; loads of experts fall as 1 / rank ** skew."""
+    """A layer and its tokens; loads of experts fall as 1 / rank ** skew."""
 
     n_experts: int
     skew: float
@@ -45,12 +46,12 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What all sides get."""
+    """The inputs of all sides."""
 
     h: np.ndarray  # [T D]
     d_y: np.ndarray  # [T D]
     router: np.ndarray  # [D E]
-    bias: np.ndarray  # [E], which makes the routing as uneven as it shall be
+    bias: np.ndarray  # [E] selection bias that gives the loads of the case
     gate_up: np.ndarray  # [E D 2F]
     down: np.ndarray  # [E F D]
 
@@ -73,23 +74,23 @@ def inputs_of(case: Case) -> Inputs:
 
 
 def bias_for(scores: np.ndarray, case: Case, rng) -> np.ndarray:
-    """The bias under which loads are as wanted; found as training does, with smaller steps."""
-    share = rng.permutation(1.0 / np.arange(1, case.n_experts + 1) ** case.skew)
-    wanted = np.minimum(share / share.sum() * TOP_K, 0.98) * case.n_tokens
+    """Return the bias under which loads are the case's, found as in training with smaller steps."""
+    shares = rng.permutation(1.0 / np.arange(1, case.n_experts + 1) ** case.skew)
+    target = np.minimum(shares / shares.sum() * TOP_K, 0.98) * case.n_tokens
     bias = np.zeros(case.n_experts, np.float32)
     for step in np.geomspace(0.1, 1e-3, 200):
         chosen = np.argpartition(-(scores + bias), TOP_K, axis=1)[:, :TOP_K]
         load = np.bincount(chosen.reshape(-1), minlength=case.n_experts)
-        bias += (step * np.clip((wanted - load) / wanted, -1, 1)).astype(np.float32)
+        bias += (step * np.clip((target - load) / target, -1, 1)).astype(np.float32)
     return bias
 
 
-def ours(inputs: Inputs, product: Callable = moe_layer.grouped_matmul) -> Callable:
-    """Runs our layer and its gradients, with another grouped product if given."""
+def ours(inputs: Inputs, gmm: Callable = matmul.grouped_matmul) -> Callable:
+    """Return a run of our layer and its gradients, with another grouped matmul if given."""
     n_experts = inputs.bias.size
     sizes = MoEConfig(n_experts=n_experts, n_shared=0, hidden=HIDDEN, top_k=TOP_K)
     config = dataclasses.replace(load_preset("tiny").model, width=WIDTH, moe=sizes)
-    layer = moe_layer.MoE(config, rngs=nnx.Rngs(0))
+    layer = MoE(config, rngs=nnx.Rngs(0))
     layer.router[...], layer.bias[...] = inputs.router, inputs.bias
     layer.gate_up[...], layer.down[...] = inputs.gate_up, inputs.down
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
@@ -102,7 +103,7 @@ def ours(inputs: Inputs, product: Callable = moe_layer.grouped_matmul) -> Callab
         return y, pull(d_y)
 
     h, d_y = jnp.asarray(inputs.h), jnp.asarray(inputs.d_y)
-    with mock.patch.object(moe_layer, "grouped_matmul", product):
+    with mock.patch.object(matmul, "grouped_matmul", gmm):
         run = jax.jit(both).lower(params, h, d_y).compile()
     return lambda: np.asarray(jax.block_until_ready(run(params, h, d_y))[0])
 
@@ -112,7 +113,7 @@ def by_ragged_dot(inputs: Inputs) -> Callable:
 
 
 def transformers_moe(inputs: Inputs, experts: str = "eager") -> Callable:
-    """The router and experts of transformers' DeepseekV3MoE, by one of its implementations."""
+    """Return a run of router and experts of transformers' DeepseekV3MoE in one implementation."""
     import torch
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -148,7 +149,7 @@ def transformers_moe(inputs: Inputs, experts: str = "eager") -> Callable:
 
 
 def dense(inputs: Inputs) -> Callable:
-    """[T*K, D] by [D, 3F] and both gradients: as many multiply-adds as the experts' products."""
+    """Return a run of [T*K D] by [D 3F] and both gradients: the experts' multiply-adds."""
     rng = np.random.default_rng(1)
     rows, width = inputs.h.shape[0] * TOP_K, 3 * HIDDEN
     sizes = ((rows, WIDTH), (WIDTH, width), (rows, width))
@@ -164,7 +165,7 @@ def dense(inputs: Inputs) -> Callable:
 
 
 def seconds(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Medians of runs in turns; a side that has taken 10 seconds rests."""
+    """Return median seconds of runs in turn; a side stops after 10 seconds in all."""
     taken = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -176,10 +177,11 @@ def seconds(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 
 def compare(n_tokens: int, rounds: int):
+    """Print a table for each number of experts and each routing."""
     for n_experts in (16, 64):
         for skew, routing in ((0.0, "balanced"), (1.0, "Zipf")):
             table = Table(title=f"{n_experts} experts, {routing}: {n_tokens:,} tokens, top-{TOP_K}")
-            for column in ("", "seconds", "times ours", "times the dense product"):
+            for column in ("", "seconds", "times ours", "times the dense matmul"):
                 table.add_column(column, justify="right" if column else "left", min_width=10)
             inputs = inputs_of(Case(n_experts, skew, n_tokens))
             sides = {
@@ -187,24 +189,24 @@ def compare(n_tokens: int, rounds: int):
                 "transformers": transformers_moe(inputs),
                 "transformers, grouped_mm": transformers_moe(inputs, "grouped_mm"),
                 "lax.ragged_dot": by_ragged_dot(inputs),
-                "dense product": dense(inputs),
+                "dense matmul": dense(inputs),
             }
             want = sides["dsv3_jax"]()
             for name in list(sides)[1:4]:
                 same = np.abs(sides[name]() - want).max(1) < 2e-3
-                # Scores that differ in their last bit choose another expert where two are equal.
+                # Scores that differ in the last bit may choose another expert where two are equal.
                 assert same.mean() > 0.999, f"{name} has other results for {(~same).sum()} tokens"
             found = seconds(sides, rounds)
             for name, value in found.items():
-                ratios = (value / found["dsv3_jax"], value / found["dense product"])
+                ratios = (value / found["dsv3_jax"], value / found["dense matmul"])
                 table.add_row(name, f"{value:.3f}", *(f"{r:.2f}" for r in ratios))
             Console().print(table)
 
 
 def sweep(path: str, n_tokens: int, rounds: int):
-    """Our time over the dense product's against tokens, experts and skew, as a picture.
+    """Draw our time over the dense matmul's against tokens, experts and skew.
 
-    Loads fall as 1 / rank ** skew. The first of the rounds is a cold one: medians want three.
+    The first of the rounds is slow, so medians need three.
     """
     tokens, experts = (256, 512, 1024, 2048, 4096, 8192), (8, 16, 32, 64, 128, 256)
     skews = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -228,7 +230,7 @@ def sweep(path: str, n_tokens: int, rounds: int):
         if at is not skews:
             axes.set_xscale("log", base=2)
         print(name, dict(zip(at, np.round(ratios, 2).tolist(), strict=True)))
-    figure.axes[0].set_ylabel("time / dense product of the same FLOPs")
+    figure.axes[0].set_ylabel("time / dense matmul of the same FLOPs")
     figure.savefig(path, dpi=150)
     print(f"picture in {path}")
 

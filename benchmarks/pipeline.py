@@ -1,13 +1,14 @@
-"""The five pipeline schedules in time: a loop over ticks on virtual devices against its prediction.
+"""The time of the five pipeline schedules on virtual devices, against its prediction.
 
     python benchmarks/pipeline.py                        4 ranks, 8 micro-batches
     python benchmarks/pipeline.py --p 8 --m 16 --unit 30
 
-Every layer sleeps as long as it is taken to work, on its own device, so what is measured is the
-loop itself: which rank works when, and who waits for whom at the end of a tick. F, X and W of a
-P-th of the layers take a unit each. Twice: once if the exchange of tokens takes no time, and once
-if it takes a unit in F and in X, which is hidden where F and B run side by side. Predicted is the
-time of the table's ticks, each of which a rank ends together with its neighbours.
+Every layer sleeps for the time that its work is taken to need, on its own device, so the measured
+time is that of the loop over ticks: which rank works when, and who waits for whom at the end of a
+tick. Forward, dgrad and wgrad of a P-th of the layers take one unit each. The expert all-to-all
+takes no time in one half of the table, and in the other a unit in the forward and in the dgrad,
+hidden where a forward and a backward run side by side. The prediction is the time of the ticks,
+each of which a rank ends together with its neighbours.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from sharding.ticks import lockstep, table_of
 
 
 def program(table, costs: Costs, unit: float):
-    """The pipeline of `table` with a layer a stage, each of which sleeps as `costs` says."""
+    """Return the pipeline of `table` with one layer per stage, which sleeps as `costs` says."""
     doing, plain_loop = [], pipeline._loop
 
     def loop(name, *rest):
-        """Layers are traced inside of the loop that runs them."""
+        """Note the loop in which a layer is traced."""
         doing.append(name)
         try:
             return plain_loop(name, *rest)
@@ -82,7 +83,7 @@ def program(table, costs: Costs, unit: float):
 
 
 def measure(n_ranks: int, n_micro: int, unit: float, rounds: int):
-    """Print a row a schedule and cost; in units of time."""
+    """Print a row for each schedule and cost, in units of time."""
     table = Table(title=f"{n_ranks} ranks, {n_micro} micro-batches, units of {1000 * unit:g} ms")
     for column in ("exchange", "schedule", "ideal", "bubble", "in ticks", "measured", "ratio"):
         table.add_column(column, justify="left" if column == "schedule" else "right")

@@ -1,10 +1,10 @@
-"""What a run costs besides its steps: mean weights, narrow moments, saving, data.
+"""The cost of a run besides its steps: EMA weights, bfloat16 moments, audits, saving, data.
 
     python benchmarks/run.py --rounds 3 --mesh dp1
 
-Trains the tiny preset for some steps, in turn with each setting, each in a process of its own, and
-reads the rows and the ledger that the runs leave. Printed are medians over the rounds: milliseconds
-a step against the plain run, and the time that the loop stood still for saves and for data.
+Trains the tiny preset for some steps with each setting in turn, each in its own process, and reads
+the metrics and the goodput ledger of the runs. Printed are medians over the rounds: milliseconds
+per step against the plain run, and the time for which the loop waited for saves and for data.
 """
 
 import argparse
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def measure(settings: list[str], mesh: str, steps: int, folder: Path) -> dict[str, float]:
-    """Milliseconds of one run: a step's median, of a step's share of data, of a save."""
+    """Return milliseconds of one run: a step's median, waiting for data per step, one save."""
     always = [f"checkpoint.every={steps // 4}", "train.eval_every=100000", "train.eval_batches=1"]
     sets = [f"--set={setting}" for setting in [*always, *settings]]
     command = [sys.executable, str(ROOT / "train.py"), f"--mesh={mesh}", f"--steps={steps}"]
@@ -50,18 +50,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--mesh", default="dp1")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each setting")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run")
+    parser.add_argument("--mesh", default="dp1", help="default: %(default)s")
     arguments = parser.parse_args()
     found: dict[str, list[dict]] = {name: [] for name in KINDS}
     for number in range(arguments.rounds):
         for name, settings in KINDS.items():
             with tempfile.TemporaryDirectory() as folder:
-                how = (arguments.mesh, arguments.steps, Path(folder))
-                found[name].append(measure(settings, *how))
+                run = measure(settings, arguments.mesh, arguments.steps, Path(folder))
+                found[name].append(run)
             print(f"round {number + 1}: {name}", file=sys.stderr)
-    columns = ["", "ms a step", "over plain", "data", "a save", "at one save a 100"]
+    columns = ["", "ms per step", "over plain", "data", "one save", "at one save per 100 steps"]
     table = rich.table.Table(*columns, title=f"the tiny preset on {arguments.mesh}")
     for name, runs in found.items():
         step, wait, save = (statistics.median(run[of] for run in runs) for of in runs[0])

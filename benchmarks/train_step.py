@@ -1,11 +1,11 @@
-"""Our training step against transformers' on one CPU device: tokens/s, their ratio, share of peak.
+"""Our training step against transformers' on one CPU: tokens/s, their ratio, share of peak.
 
     pip install -c constraints.txt -e '.[parity]'
     python benchmarks/train_step.py
 
 Both sides train the same 8.8M-parameter DeepSeek-V3 (4 layers, 1 dense; 16 experts, top-4; no MTP)
-on the same tokens in float32, with clipping and AdamW, in turns of a few steps, and the medians of
-their steps are compared. `--ours` leaves transformers out.
+on the same tokens in float32, with clipping and AdamW, a few steps of one side, then of the other.
+The medians of their steps are compared. `--ours` leaves transformers out.
 """
 
 import argparse
@@ -62,7 +62,7 @@ CONFIG = Config(
 
 
 def our_step() -> Callable[[np.ndarray], float]:
-    """tokens [B, T + 1] -> loss, having made one step."""
+    """Return a function that trains one step on tokens [B T+1] and returns the loss."""
     spec = MeshSpec()
     mesh, layout = make_mesh(spec, jax.devices()[:1]), layout_of(CONFIG, spec)
     optimizer = make_optimizer(CONFIG.optimizer, Policy.of(CONFIG.precision))
@@ -78,7 +78,7 @@ def our_step() -> Callable[[np.ndarray], float]:
 
 
 def transformers_step() -> Callable[[np.ndarray], float]:
-    """The same of transformers' DeepseekV3ForCausalLM and torch's fused AdamW."""
+    """Return the same for transformers' DeepseekV3ForCausalLM and torch's fused AdamW."""
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -127,7 +127,7 @@ def transformers_step() -> Callable[[np.ndarray], float]:
 
 
 def measure(sides: dict[str, Callable], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step, in turns of `steps` steps of which the first does not count."""
+    """Return the seconds of steps; sides run `steps` in turn, of which the first does not count."""
     rng = np.random.default_rng(0)
     shape = (CONFIG.train.batch, CONFIG.train.seq_len + 1)
     seconds = {name: [] for name in sides}
@@ -143,9 +143,11 @@ def measure(sides: dict[str, Callable], rounds: int, steps: int) -> dict[str, li
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=6)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each side (default: 6)")
+    parser.add_argument("--steps", type=int, default=6, help="steps per turn (default: 6)")
     parser.add_argument("--ours", action="store_true", help="leave transformers out")
     arguments = parser.parse_args()
     sides = {"dsv3_jax": our_step()}
@@ -156,8 +158,8 @@ def main():
     tokens = CONFIG.train.batch * CONFIG.train.seq_len
     flops = training_flops_per_token(CONFIG.model, CONFIG.train.seq_len) * tokens
     base = np.median(seconds["dsv3_jax"])
-    table = Table(title=f"{flops / 1e9:.1f} GFLOP a step; measured peak {peak / 1e9:.0f} GFLOP/s")
-    for column in ("", "seconds a step", "tokens/s", "share of peak", "times slower than ours"):
+    table = Table(title=f"{flops / 1e9:.1f} GFLOP per step; measured peak {peak / 1e9:.0f} GFLOP/s")
+    for column in ("", "seconds per step", "tokens/s", "share of peak", "times slower than ours"):
         table.add_column(column, justify="right")
     for name, values in seconds.items():
         median = float(np.median(values))

