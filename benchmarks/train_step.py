@@ -29,7 +29,7 @@ from dsv3_jax.config import (
     TrainConfig,
 )
 from dsv3_jax.flops import training_flops_per_token
-from dsv3_jax.losses import Batch
+from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.training.host import with_huge_pages
@@ -67,7 +67,8 @@ def our_step() -> Callable[[np.ndarray], float]:
     mesh, layout = make_mesh(spec, jax.devices()[:1]), layout_of(CONFIG, spec)
     optimizer = make_optimizer(CONFIG.optimizer, Policy.of(CONFIG.precision))
     state = fresh_state(CONFIG, optimizer, abstract_state(CONFIG, optimizer, mesh, layout))
-    step = make_step(CONFIG, optimizer, mesh, layout)
+    loss_fn = next_token_loss(CONFIG.losses, CONFIG.model.mtp_depth)
+    step = make_step(CONFIG, optimizer, mesh, layout, loss_fn)
 
     def run(tokens: np.ndarray) -> float:
         nonlocal state

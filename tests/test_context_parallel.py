@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from einops import rearrange
-from reference.small_step import BATCH_SIZE, LENGTH, VOCAB, config_of, placed
+from reference.small_step import BATCH_SIZE, LENGTH, VOCAB, config_of, loss_of, placed
 from reference.stages import parameters
 
 from dsv3_jax.config import Config
@@ -60,7 +60,7 @@ def rows_with_targets(tokens: np.ndarray, config: Config) -> Row:
 
 @functools.cache
 def program(mesh_text: str, config: Config):
-    return jax.jit(loss_and_gradients(config, *placed(mesh_text, config)))
+    return jax.jit(loss_and_gradients(config, *placed(mesh_text, config), loss_of(config)))
 
 
 def run(mesh_text: str, config: Config, batch: Batch | None = None):
@@ -69,7 +69,7 @@ def run(mesh_text: str, config: Config, batch: Batch | None = None):
     if batch is None:
         tokens = text()[:, : LENGTH + 1 + config.model.mtp_depth]
         batch = Batch(*device_batch(rows_with_targets(tokens, config), config, mesh))
-    found = program(mesh_text, config)(*parameters(config), batch, np.float32(0.3), None)
+    found = program(mesh_text, config)(*parameters(config), batch, np.float32(0), None)
     return jax.tree.map(np.asarray, found)
 
 
@@ -165,10 +165,10 @@ def test_documents_are_as_if_each_was_alone():
     np.testing.assert_array_equal(np.unique(packed.doc_start[0]), [0, 5, 13, 16])
     alone = rows_of([[one] for one in documents])
     (losses, _, grads), want = run("dp1", config, packed), run("dp1", config, alone)
-    np.testing.assert_allclose(losses.main, want[0].main, rtol=2e-6)
-    np.testing.assert_allclose(losses.mtp, want[0].mtp, rtol=2e-6)
+    np.testing.assert_allclose(losses.terms["loss"], want[0].terms["loss"], rtol=2e-6)
+    np.testing.assert_allclose(losses.terms["mtp_loss"], want[0].terms["mtp_loss"], rtol=2e-6)
     assert largest_error(grads, want[2]) <= 2e-6
-    assert abs(run("dp1", config, together)[0].main - want[0].main) > 1e-3
+    assert abs(run("dp1", config, together)[0].terms["loss"] - want[0].terms["loss"]) > 1e-3
 
 
 def test_document_starts():

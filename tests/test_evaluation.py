@@ -161,7 +161,7 @@ def test_padding():
 @pytest.mark.parametrize("piece", [3, 12])
 def test_token_scores(piece, monkeypatch):
     """Whole numbers, so that several tokens are the likeliest: then the first one is."""
-    monkeypatch.setattr(scorer_module, "PIECE", piece)
+    monkeypatch.setattr(scorer_module, "VOCAB_CHUNK", piece)
     rng = np.random.default_rng(0)
     rows, head = rng.integers(-2, 3, (40, 5)), rng.integers(-1, 2, (12, 5))
     logits = rows @ head.T

@@ -124,9 +124,13 @@ def fp8(zero: int = 1, remat: str = "none", products: str = "fp8") -> Config:
 @functools.cache
 def step_of(mesh_text: str, config: Config):
     """(loss, gradients by path)."""
-    run = jax.jit(loss_and_gradients(config, *small_step.placed(mesh_text, config)))
+    run = jax.jit(
+        loss_and_gradients(
+            config, *small_step.placed(mesh_text, config), small_step.loss_of(config)
+        )
+    )
     batch = small_step.batch_of(0)
-    losses, _, grads = run(*small_step.parameters(), batch, np.float32(0.3), None)
+    losses, _, grads = run(*small_step.parameters(), batch, np.float32(0), None)
     return float(losses.total), {k: np.asarray(x) for k, x in named_arrays(grads).items()}
 
 
@@ -205,9 +209,9 @@ def test_no_wide_copy_of_an_input_is_kept(remat):
 def test_weights_are_quantized_once_whatever_passes_there_are():
     """No layer in the loop makes codes of a weight, forward or back: stacks are made whole."""
     config = fp8(remat="full")
-    step = loss_and_gradients(config, *small_step.placed("dp1", config))
+    step = loss_and_gradients(config, *small_step.placed("dp1", config), small_step.loss_of(config))
     params, bias = small_step.parameters()
-    inputs = (params, bias, small_step.batch_of(0), np.float32(0.3), None)
+    inputs = (params, bias, small_step.batch_of(0), np.float32(0), None)
     codes = [
         e.outvars[0].aval.shape
         for e in equations(jax.make_jaxpr(step)(*inputs).jaxpr)

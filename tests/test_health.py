@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.small_step import batch_of, config_of, parameters, placed
+from reference.small_step import batch_of, config_of, loss_of, parameters, placed
 
 from dsv3_jax.config import GuardConfig
 from dsv3_jax.losses import Losses
@@ -16,7 +16,7 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.training.health import Bad, Events, Guard, Spikes
 from dsv3_jax.training.messages import why_skipped
 from dsv3_jax.training.state import first_state
-from dsv3_jax.training.step import USUAL_STEPS, Metrics, make_step
+from dsv3_jax.training.step import GRAD_NORM_WINDOW, Metrics, make_step
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def small():
     config = config_of(remat="none")
     mesh, layout = placed("dp1", config)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
-    step = make_step(config, optimizer, mesh, layout)
+    step = make_step(config, optimizer, mesh, layout, loss_of(config))
 
-    def state_of(usual: float, number: int = USUAL_STEPS):
+    def state_of(usual: float, number: int = GRAD_NORM_WINDOW):
         params, bias = jax.tree.map(jnp.array, parameters())
         state = first_state(params, bias, optimizer)
         return state._replace(step=jnp.int32(number), usual_norm=jnp.float32(usual))
@@ -47,7 +47,7 @@ def test_a_norm_far_above_the_usual_is_skipped(small, share, skipped):
     state, numbers = step(state_of(norm * share), batch_of(0))
     assert bool(numbers.skipped) == skipped
     np.testing.assert_allclose(numbers.grad_norm, norm, rtol=1e-6)
-    np.testing.assert_allclose(numbers.allowed_norm, 20 * norm * share, rtol=1e-6)
+    np.testing.assert_allclose(numbers.max_grad_norm, 20 * norm * share, rtol=1e-6)
     assert (bits(state) == before) == skipped
     if not skipped:
         usual = norm * share + (norm - norm * share) / 100
@@ -145,7 +145,7 @@ def test_what_was_wrong_is_named():
     def numbers(norm: float, lost: list[int]) -> Metrics:
         stats = router._replace(lost=jnp.array(lost))
         norms = (jnp.float32(norm), jnp.float32(8.0))
-        return Metrics(Losses(zero, zero, zero, zero), *norms, zero, stats, jnp.bool_(True))
+        return Metrics(Losses(zero, {"loss": zero}), *norms, zero, stats, jnp.bool_(True))
 
     assert why_skipped(numbers(9.0, [0, 0, 0, 0]), model) == "the gradient norm 9 exceeds 8"
     found = why_skipped(numbers(float("inf"), [0, 0, 7, 12]), model)

@@ -21,7 +21,7 @@ from reference.cases import (
 )
 
 from dsv3_jax.config import LossConfig
-from dsv3_jax.losses import Batch, training_loss
+from dsv3_jax.losses import Batch, next_token_loss, training_loss
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import named_arrays
@@ -57,8 +57,9 @@ def results(whole, batch):
         hidden, _ = model.trunk(batch.tokens[:, :LENGTH])
         following = [batch.tokens[:, k : k + LENGTH] for k in range(1, DEPTH + 1)]
         ahead, _ = model.mtp_trunk(hidden, jnp.stack(following))
-        config = LossConfig(balance_weight=0.01)
-        losses, _ = training_loss(model, batch, config, MTP_WEIGHT, Layout(), "none")
+        loss_fn = next_token_loss(LossConfig(mtp_weight=MTP_WEIGHT), DEPTH)
+        seen = jnp.float32(0)
+        losses, _ = training_loss(model, batch, loss_fn, 0.01, seen, Layout(), "none")
         return hidden, ahead, losses
 
     return run(whole[0], batch)
@@ -92,12 +93,12 @@ def test_losses(whole, batch, results, chains):
         return reference.cross_entropy(rows, whole[1]["head"], labels, mask)
 
     main, mtp = mean_loss(hidden, 1), (mean_loss(chains[0], 2) + mean_loss(chains[1], 3)) / 2
-    np.testing.assert_allclose(losses.main, main, rtol=1e-5)
-    np.testing.assert_allclose(losses.mtp, mtp, rtol=1e-5)
-    total = main + MTP_WEIGHT * mtp + 0.01 * float(losses.balance)
+    np.testing.assert_allclose(losses.terms["loss"], main, rtol=1e-5)
+    np.testing.assert_allclose(losses.terms["mtp_loss"], mtp, rtol=1e-5)
+    total = main + MTP_WEIGHT * mtp + 0.01 * float(losses.terms["balance_loss"])
     np.testing.assert_allclose(losses.total, total, rtol=1e-5)
     n_moe = CONFIG.n_layers - CONFIG.n_dense + DEPTH
-    assert 0.8 * n_moe < losses.balance < 2 * n_moe  # 1 a layer when balanced
+    assert 0.8 * n_moe < losses.terms["balance_loss"] < 2 * n_moe  # 1 a layer when balanced
 
 
 @pytest.mark.parametrize("depth", range(DEPTH + 1))

@@ -22,7 +22,7 @@ from configs import load_preset, preset_names
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.flops import activated_parameters, training_flops_per_token
-from dsv3_jax.losses import Batch
+from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.model.rope import frequencies
@@ -129,7 +129,8 @@ def abstract_step(config: Config, spec: MeshSpec):
     array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, BATCH))
     batch = Batch(array(jnp.int32), array(jnp.bool_))
     state = abstract_state(config, optimizer, mesh, layout)
-    return make_step(config, optimizer, mesh, layout), state, batch
+    loss_fn = next_token_loss(config.losses, config.model.mtp_depth)
+    return make_step(config, optimizer, mesh, layout, loss_fn), state, batch
 
 
 @functools.cache
@@ -157,7 +158,7 @@ def test_step_lowers(name, any_mesh):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)  # steps can follow steps
     n_moe = model.n_layers - model.n_dense + model.mtp_depth
     assert metrics.router.load.shape == (n_moe, model.moe.n_experts)
-    assert {x.dtype for x in metrics.losses} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(metrics.losses)} == {jnp.dtype("float32")}
 
 
 def per_device(text: str) -> str:

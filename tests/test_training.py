@@ -15,7 +15,7 @@ import train
 from configs import load_preset
 from dsv3_jax.config_cli import override
 from dsv3_jax.data import train_bpe
-from dsv3_jax.losses import Batch
+from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
@@ -34,7 +34,8 @@ def test_first_step_of_the_tiny_preset():
     state = fresh_state(config, optimizer, abstract)
     tokens = np.random.default_rng(0).integers(0, 2048, (32, 130)).astype(np.int32)
     batch = jax.device_put(Batch(tokens, np.ones(tokens.shape, bool)), NamedSharding(mesh, BATCH))
-    step = make_step(config, optimizer, mesh, layout)
+    loss_fn = next_token_loss(config.losses, config.model.mtp_depth)
+    step = make_step(config, optimizer, mesh, layout, loss_fn)
     state, metrics = step(state, batch)
     np.testing.assert_allclose(metrics.losses.total, 9.946968, rtol=2e-6)
     np.testing.assert_allclose(metrics.grad_norm, 0.466126, rtol=2e-5)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from reference.step import cross_entropy as reference_cross_entropy
+from reference.step import token_log_probs as reference_token_log_probs
 
 import dsv3_jax.losses
-from dsv3_jax.losses import cross_entropy
+from dsv3_jax.losses import cross_entropy, token_log_probs
 from sharding import vocab_parallel
 from sharding.mesh import BATCH, EXPERT_AXES, REPLICATED, make_mesh, manual_region, parse_mesh
 from sharding.vocab_parallel import n_vocab_chunks, scan_vocab_chunks
@@ -150,6 +151,7 @@ def test_n_pieces_when_one_row_a_rank_is_too_many():
     assert n_vocab_chunks(12, parse_mesh("ep8"), 4) == 12
 
 
+CHUNKS = [("ep1", 8192, 1), ("ep1", 20, 3), ("ep4", 8192, 1), ("ep4", 20, 3), ("dp2,ep4", 12, 4)]
 SHARES = ["some zeros", "one device zero", "all zero", "unequal"]
 
 
@@ -163,14 +165,11 @@ def share_of(name: str, rng) -> np.ndarray:
     return (weights / max(weights.sum(), 1.0)).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "mesh, piece, n",
-    [("ep1", 8192, 1), ("ep1", 20, 3), ("ep4", 8192, 1), ("ep4", 20, 3), ("dp2,ep4", 12, 4)],
-)
+@pytest.mark.parametrize("mesh, piece, n", CHUNKS)
 def test_cross_entropy(mesh, piece, n, monkeypatch):
     """In one piece and in several, with rows that do not count, and logits up to +-200."""
     spec = parse_mesh(mesh)
-    monkeypatch.setattr(dsv3_jax.losses, "PIECE", piece)
+    monkeypatch.setattr(dsv3_jax.losses, "VOCAB_CHUNK", piece)
     assert n_vocab_chunks(V // spec.ep, spec, piece) == n
 
     def shard(spec, rows, head, labels, share):
@@ -206,3 +205,47 @@ def test_cross_entropy_scales_its_gradient():
 
     want = -7.0 * reference_cross_entropy(rows, head, labels, share)[1]
     np.testing.assert_allclose(jax.grad(loss_fn)(rows), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh, piece, n", CHUNKS)
+def test_token_log_probs(mesh, piece, n, monkeypatch):
+    """Values, and gradients for a cotangent of every token, of both signs."""
+    spec = parse_mesh(mesh)
+    monkeypatch.setattr(dsv3_jax.losses, "VOCAB_CHUNK", piece)
+    assert n_vocab_chunks(V // spec.ep, spec, piece) == n
+
+    def shard(spec, rows, head, labels, cotangent):
+        def log_probs(rows, head):
+            return token_log_probs(rows, head, labels, spec)
+
+        found, pull = jax.vjp(log_probs, rows, head)
+        d_rows, d_head = pull(cotangent)
+        return found, d_rows, over_dp(d_head)
+
+    run = compiled(mesh, shard, (BATCH, ROWS, BATCH, BATCH), (BATCH, BATCH, ROWS))
+    rng = np.random.default_rng(6)
+    for size in (0.3, 3.0):
+        rows, head = size * rng.normal(size=(T, D)), size * rng.normal(size=(V, D))
+        rows, head = rows.astype(np.float32), head.astype(np.float32)
+        labels, cotangent = rng.integers(0, V, T, np.int32), rng.normal(size=T).astype(np.float32)
+        got = run(rows, head, labels, cotangent)
+        want = reference_token_log_probs(rows, head, labels, cotangent)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_cross_entropy_is_a_weighted_sum_of_log_probs():
+    """In value and gradient, to the rounding of float32."""
+    rng, spec = np.random.default_rng(7), parse_mesh("dp1")
+    rows, head = jnp.float32(rng.normal(size=(T, D))), jnp.float32(rng.normal(size=(V, D)))
+    labels, share = rng.integers(0, V, T, np.int32), share_of("unequal", rng)
+
+    def by_tokens(rows, head):
+        return -(share * token_log_probs(rows, head, labels, spec)).sum()
+
+    def at_once(rows, head):
+        return cross_entropy(rows, head, labels, share, spec)
+
+    got, want = (jax.jit(jax.value_and_grad(fn, (0, 1)))(rows, head) for fn in (by_tokens, at_once))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-7 * np.abs(b).max())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from dsv3_jax.losses import PIECE
+from dsv3_jax.losses import VOCAB_CHUNK
 from dsv3_jax.progress import Advance
 from dsv3_jax.serving.decode import Served, read
 from dsv3_jax.serving.generator import Generator, check_request
@@ -133,7 +133,7 @@ def token_scores(
     zero = jnp.zeros(rows.shape[0], jnp.float32)
     carry = (zero - jnp.inf, jnp.zeros(rows.shape[0], jnp.int32), zero, zero)
     carry, _ = scan_vocab_chunks(
-        step, carry, head, n_vocab_chunks(head.shape[0], mesh, PIECE), mesh
+        step, carry, head, n_vocab_chunks(head.shape[0], mesh, VOCAB_CHUNK), mesh
     )
     peak, best, total, chosen = carry
     return chosen - peak - jnp.log(total), best == labels

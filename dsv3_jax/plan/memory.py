@@ -16,7 +16,7 @@ from flax import nnx
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.layer_scan import KEPT_BY_REPORT
-from dsv3_jax.losses import PIECE
+from dsv3_jax.losses import VOCAB_CHUNK
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.kernels.attention_ref import query_spans
 from dsv3_jax.numerics.policy import Policy
@@ -231,7 +231,7 @@ def head(config: Config, mesh: MeshSpec) -> dict[str, float]:
     model, n_tokens = config.model, tokens_per_device(config, mesh)
     item = Policy.of(config.precision).compute.itemsize
     n_local = model.vocab_size // mesh.ep
-    chunk = model.vocab_size // n_vocab_chunks(n_local, mesh, PIECE)
+    chunk = model.vocab_size // n_vocab_chunks(n_local, mesh, VOCAB_CHUNK)
     at_work = 2 * 4 * n_tokens * chunk + (item + 4) * chunk * model.width
     waiting = (4 + (1 + model.mtp_depth) * item) * (n_tokens + n_local) * model.width
     return {"head": at_work + waiting}

@@ -4,18 +4,19 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import UInt32
 
 from dsv3_jax.config import Config
-from dsv3_jax.losses import Batch, training_loss
+from dsv3_jax.losses import Batch, next_token_loss, training_loss
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import param_specs
 from dsv3_jax.shapes import Array, Int
 from dsv3_jax.training.state import parts_of
-from dsv3_jax.training.step import ready
+from dsv3_jax.training.step import prepare_weights
 from sharding.collectives import psum_data
 from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, manual_region
@@ -24,10 +25,12 @@ from sharding.mesh import BATCH, REPLICATED, manual_region
 def make_evaluation(config: Config, mesh: Mesh, layout: Layout) -> Callable:
     """(params, bias, batch) -> mean losses over the global batch."""
     model_of, stored = model_in_region(config, layout)
+    loss_fn = next_token_loss(config.losses, config.model.mtp_depth)
 
     def shard(params, bias, batch: Batch):
         model = model_of(params, bias)
-        losses, _ = training_loss(model, batch, config.losses, 0.0, layout, "none")
+        seen, weight = jnp.float32(0.0), config.losses.balance_weight
+        losses, _ = training_loss(model, batch, loss_fn, weight, seen, layout, "none")
         return psum_data(losses)
 
     return jax.jit(manual_region(shard, mesh, (stored, REPLICATED, BATCH), REPLICATED))
@@ -74,6 +77,6 @@ def model_in_region(config: Config, layout: Layout) -> tuple[Callable, nnx.State
     graphdef, params, *_ = parts_of(abstract_model(model, policy))
 
     def model_of(params, bias, counts=None):
-        return nnx.merge(graphdef, ready(params, layout, policy, counts), bias)
+        return nnx.merge(graphdef, prepare_weights(params, layout, policy, counts), bias)
 
     return model_of, param_specs(params, layout)

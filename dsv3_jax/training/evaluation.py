@@ -47,7 +47,9 @@ class HeldOut:
 
         def losses(weights: nnx.State) -> tuple[float, float]:
             found = [self._losses(weights, bias, batch) for batch in batches]
-            main, mtp = np.mean([jax.device_get((x.main, x.mtp)) for x in found], axis=0)
+            main, mtp = np.mean(
+                [jax.device_get((x.terms["loss"], x.terms["mtp_loss"])) for x in found], axis=0
+            )
             return float(main), float(mtp)
 
         main, mtp = losses(params)

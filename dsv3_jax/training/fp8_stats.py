@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
-from dsv3_jax.losses import Batch, training_loss
+from dsv3_jax.losses import Batch, next_token_loss, training_loss
 from dsv3_jax.numerics.quant_stats import QuantStats
 from dsv3_jax.params import named_arrays, zero_quant_stats
 from dsv3_jax.training.evaluate import model_in_region
@@ -25,12 +26,14 @@ def make_fp8_stats(config: Config, mesh: Mesh, layout: Layout) -> Callable:
     A forward and a backward of their own, in which all that is wanted are the counts.
     """
     model_of, stored = model_in_region(config, layout)
+    loss_fn = next_token_loss(config.losses, config.model.mtp_depth)
 
     def shard(params, bias, batch: Batch) -> nnx.State:
         def loss(counts):
             model = model_of(params, bias, counts)
-            how = (config.losses, config.losses.mtp_weight, layout, config.parallel.remat)
-            return training_loss(model, batch, *how)[0].total
+            seen, weight = jnp.float32(0.0), config.losses.balance_weight
+            remat = config.parallel.remat
+            return training_loss(model, batch, loss_fn, weight, seen, layout, remat)[0].total
 
         return psum_data(jax.grad(loss)(zero_quant_stats(params)))
 

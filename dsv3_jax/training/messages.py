@@ -53,9 +53,7 @@ def row_of(step: int, tokens: int, numbers: Metrics) -> dict[str, int | float]:
     row = {
         "step": step,
         "tokens": tokens,
-        "loss": float(numbers.losses.main),
-        "mtp_loss": float(numbers.losses.mtp),
-        "balance_loss": float(numbers.losses.balance),
+        **{name: float(term) for name, term in numbers.losses.terms.items()},
         "grad_norm": float(numbers.grad_norm),
         "lr": float(numbers.lr),
     }
@@ -68,7 +66,7 @@ def row_of(step: int, tokens: int, numbers: Metrics) -> dict[str, int | float]:
 
 def why_skipped(numbers: Metrics, model: ModelConfig) -> str:
     """What was wrong with a step; names the layers whose router had no finite logits."""
-    norm, allowed = float(numbers.grad_norm), float(numbers.allowed_norm)
+    norm, allowed = float(numbers.grad_norm), float(numbers.max_grad_norm)
     reasons = []
     if not np.isfinite(norm):
         reasons.append(f"the gradient is not finite (norm {norm})")

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.layer_scan import kept_by, with_inputs, without
-from dsv3_jax.losses import Batch, inputs_of, losses_of, output_losses, target_counts
+from dsv3_jax.losses import LossFn, add_balance, model_inputs, n_sequences
 from dsv3_jax.model.deepseek import abstract_model, positions_of
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap
@@ -41,10 +41,12 @@ from dsv3_jax.training.state import parts_of
 from sharding.collectives import pmax_all, psum_all
 from sharding.layout import Layout, gather_layers, max_per_layer, own_layers
 from sharding.mesh import BATCH, REPLICATED, manual_region
-from sharding.pipeline import Gradients, Parts, layers_of, run
+from sharding.pipeline import Gradients, Parts, PyTree, layers_of, run
 
 
-def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Callable:
+def pipelined(
+    config: Config, mesh: Mesh | AbstractMesh, layout: Layout, loss_fn: LossFn
+) -> Callable:
     """As `loss_and_gradients` in step.py, on a mesh with stages.
 
     Weights are gathered once a step, whatever `parallel.zero` says, and layers run in one piece:
@@ -65,28 +67,29 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
     ends_graph, *_ = parts_of(model)
     stored = param_specs(params, layout)
 
-    def shard(params, bias, batch: Batch, weight, _):
+    def shard(params, bias, batch, tokens_seen, _):
         in_use = quantize_params(params, layout) if policy.fp8 else params
         stack = scatter_to_stages(nnx.State(in_use["moe"]), layout, policy.compute, places)
         stage_bias = jax.tree.map(lambda x: own_layers(x, places), nnx.State(bias["moe"]))
-        n_sequences = batch.tokens.shape[0] * layout.mesh.n_data_shards // layout.context
-        counts = target_counts(batch, config.model.mtp_depth, layout)
+        context = loss_fn.prepare(batch, tokens_seen, layout)
         weights = all_gather_params(without_layers(in_use), layout, policy.compute)
-        ends = _Ends(
-            config, layout, ends_graph, weights, without_layers(bias), counts, n_sequences, weight
+        sequences, balance_weight = n_sequences(batch, layout), config.losses.balance_weight
+        d_balance = balance_weight / sequences
+        remat = config.parallel.remat
+        ends = EmbedAndHead(
+            ends_graph, weights, without_layers(bias), loss_fn, context, d_balance, layout, remat
         )
-        d_balance = config.losses.balance_weight / n_sequences
-        layer = _Layer(layer_graph, config, layout, d_balance)
+        layer = _Layer(layer_graph, config, layout, d_balance, loss_fn.lookahead)
         parts = Parts(
-            first=ends.first,
+            first=ends.embed,
             forward=layer.forward,
-            last=ends.last,
+            last=ends.head_and_loss,
             backward=layer.backward,
             late=layer.late,
-            first_backward=ends.first_backward,
+            first_backward=ends.embed_backward,
             join=_join,
         )
-        micros = jax.tree.map(lambda x: rearrange(x, "(m b) w -> m b w", b=micro), batch)
+        micros = jax.tree.map(lambda x: rearrange(x, "(m b) ... -> m b ...", b=micro), batch)
         found = run(pipeline.table, pipeline.sizes, parts, (stack, stage_bias), micros)
 
         def home(path: str, x: jax.Array, variable: nnx.Param) -> jax.Array:
@@ -98,9 +101,10 @@ def pipelined(config: Config, mesh: Mesh | AbstractMesh, layout: Layout) -> Call
                 grad = layout.reduce_scatter_grad(found.shared[path], x, *about)
             return layout.psum_replicated(grad, *about)
 
-        main, mtp, end_stats = psum_all(found.seen_last[:2]) + found.seen_last[2:]
-        stats = _of_all(found.seen, end_stats, places, n_layers)
-        losses = losses_of(main, mtp, stats.balance.sum(), n_sequences, config.losses, weight)
+        loss, terms, mtp_stats = found.seen_last
+        loss, terms = psum_all((loss, terms))
+        stats = _of_all(found.seen, mtp_stats, places, n_layers)
+        losses = add_balance(loss, terms, stats.balance.sum(), sequences, balance_weight)
         return losses, stats, map_params(home, params)
 
     return manual_region(
@@ -116,44 +120,45 @@ def without_layers(state: nnx.State) -> nnx.State:
     return nnx.State({name: part for name, part in state.items() if name != "moe"})
 
 
-class _Ends(NamedTuple):
-    """What comes before the first MoE layer and after the last, forwards and backwards."""
+class EmbedAndHead(NamedTuple):
+    """All that comes before the first MoE layer and after the last, forwards and backwards."""
 
-    config: Config
-    layout: Layout
     graph: nnx.GraphDef
     weights: nnx.State  # in use
     bias: nnx.State
-    counts: jax.Array  # of targets, `target_counts`
-    n_sequences: int  # of the global batch
-    mtp_weight: jax.Array
+    loss_fn: LossFn
+    context: PyTree  # from `loss_fn.prepare`
+    d_balance: float  # gradient of the loss by the balance loss of a sequence
+    layout: Layout
+    remat: str
 
     def _model(self, taps: nnx.State):
         return nnx.merge(self.graph, set_grad_taps(self.weights, taps), self.bias)
 
-    def _prefix(self, taps: nnx.State, micro: Batch):
-        tokens, doc_start = inputs_of(micro, self.config.model.mtp_depth)
-        return self._model(taps).prefix(tokens, self.layout, self.config.parallel.remat, doc_start)
+    def _embed(self, taps: nnx.State, micro) -> jax.Array:
+        tokens, doc_start = model_inputs(micro, self.loss_fn.lookahead)
+        return self._model(taps).prefix(tokens, self.layout, self.remat, doc_start)
 
-    def _total(self, taps: nnx.State, x: jax.Array, micro: Batch):
-        """A micro-batch's part of the weighted sum of all losses; and losses and statistics."""
-        model, how = self._model(taps), (self.layout, self.config.parallel.remat)
-        main, mtp, stats = output_losses(model, model.norm(x), micro, self.counts, *how)
+    def _loss(self, taps: nnx.State, x: jax.Array, micro):
+        """A micro-batch's part of the loss, that of the balance of MTP's experts included."""
+        model = self._model(taps)
+        loss, terms, stats = self.loss_fn.from_hidden(
+            model, model.norm(x), micro, self.context, self.layout, self.remat
+        )
         balance = jnp.zeros(()) if stats is None else stats.balance.sum()
-        weights = (self.config.losses, self.mtp_weight)
-        return losses_of(main, mtp, balance, self.n_sequences, *weights).total, (main, mtp, stats)
+        return loss + self.d_balance * balance, (loss, terms, stats)
 
-    def first(self, micro: Batch) -> jax.Array:
-        return self._prefix(grad_taps(self.weights), micro)
+    def embed(self, micro) -> jax.Array:
+        return self._embed(grad_taps(self.weights), micro)
 
-    def first_backward(self, d_x: jax.Array, micro: Batch) -> Gradients:
-        _, pull = jax.vjp(lambda taps: self._prefix(taps, micro), grad_taps(self.weights))
+    def embed_backward(self, d_x: jax.Array, micro) -> Gradients:
+        _, pull = jax.vjp(lambda taps: self._embed(taps, micro), grad_taps(self.weights))
         return _named(pull(d_x)[0])
 
-    def last(self, x: jax.Array, micro: Batch):
-        gradient = jax.grad(self._total, (0, 1), has_aux=True)
-        (d_taps, d_x), seen = gradient(grad_taps(self.weights), x, micro)
-        return d_x, _named(d_taps), seen
+    def head_and_loss(self, x: jax.Array, micro):
+        gradient = jax.grad(self._loss, (0, 1), has_aux=True)
+        (d_taps, d_x), aux = gradient(grad_taps(self.weights), x, micro)
+        return d_x, _named(d_taps), aux
 
 
 class _Layer:
@@ -163,13 +168,13 @@ class _Layer:
     come at once.
     """
 
-    def __init__(self, graph, config: Config, layout: Layout, d_balance: float):
+    def __init__(self, graph, config: Config, layout: Layout, d_balance: float, lookahead: int):
         """
         Args:
             d_balance: gradient of the loss with respect to a layer's balance loss.
         """
         self.graph, self.layout, self.d_balance = graph, layout, d_balance
-        self.mtp_depth = config.model.mtp_depth
+        self.lookahead = lookahead
         self.run = kept_by(self._run, config.parallel.remat)
         self.pull = None  # the structure of a layer's backward, without what it has kept
 
@@ -206,8 +211,8 @@ class _Layer:
         variable = dict(_variables(params))[path]
         return "expert" in variable.axes and self.layout.mesh.ep > 1
 
-    def forward(self, weights, x, micro: Batch):
-        inputs, doc_start = self._inputs(weights, x), inputs_of(micro, self.mtp_depth)[1]
+    def forward(self, weights, x, micro):
+        inputs, doc_start = self._inputs(weights, x), model_inputs(micro, self.lookahead)[1]
         run = functools.partial(self.run, doc_start=doc_start)
         (y, _), pull, stats = jax.vjp(run, *inputs, x, has_aux=True)
         kept, self.pull = jax.tree.flatten(without(pull, inputs))

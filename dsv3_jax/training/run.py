@@ -17,7 +17,7 @@ from dsv3_jax.checkpoint import CheckpointManager, SaveFailed
 from dsv3_jax.config import Config
 from dsv3_jax.data.loader import RowBatch
 from dsv3_jax.flops import training_flops_per_token
-from dsv3_jax.losses import Batch
+from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
@@ -223,9 +223,10 @@ class Run:
         arguments = (self.state, batch, self.redundancy.slots)
         if size not in self.programs:
             with self.ledger.spent_on("compile"):
-                how = (self.optimizer, self.mesh, self.layout, self.sizes)
-                step = make_step(with_batch(self.config, size), *how)
-                self.programs[size] = step.lower(*arguments).compile()
+                config = with_batch(self.config, size)
+                loss_fn = next_token_loss(config.losses, config.model.mtp_depth)
+                how = (self.optimizer, self.mesh, self.layout, loss_fn, self.sizes)
+                self.programs[size] = make_step(config, *how).lower(*arguments).compile()
             self.clock = time.perf_counter()
         self.state, numbers = self.programs[size](*arguments)
         if self.ema is not None:
@@ -254,7 +255,7 @@ class Run:
 
     def _judge(self, pending: Pending, numbers: Metrics):
         """Note a step that was skipped, or a loss that stands out."""
-        step, loss = pending.step, float(numbers.losses.main)
+        step, loss = pending.step, float(numbers.losses.terms["loss"])
         if numbers.skipped:
             why, batch = messages.why_skipped(numbers, self.config.model), self._identity(pending)
             self._note("skipped", f"step {step:,} skipped: {why}; {batch}", step=step)

@@ -23,7 +23,7 @@ from dsv3_jax.config import (
     PrecisionConfig,
     TrainConfig,
 )
-from dsv3_jax.losses import Batch
+from dsv3_jax.losses import Batch, LossFn, next_token_loss
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
@@ -56,6 +56,10 @@ def config_of(zero: int = 1, remat: str = "report", pieces: int = 1) -> Config:
         precision=PrecisionConfig(compute="float32", moments="float32"),
         parallel=ParallelConfig(zero=zero, remat=remat, overlap_chunks=pieces),
     )
+
+
+def loss_of(config: Config) -> LossFn:
+    return next_token_loss(config.losses, config.model.mtp_depth)
 
 
 def placed(mesh_text: str, config: Config):

@@ -10,7 +10,7 @@ import operator
 import jax
 import numpy as np
 from flax import nnx
-from reference.small_step import LENGTH, VOCAB, config_of, placed
+from reference.small_step import LENGTH, VOCAB, config_of, loss_of, placed
 
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
@@ -50,10 +50,10 @@ def batch_of(n_rows: int) -> Batch:
 
 def run(mesh: str, config: Config, batch: Batch | None = None, bias: nnx.State | None = None):
     """(losses, statistics, gradients) of the program on a mesh, as NumPy arrays."""
-    fn = jax.jit(loss_and_gradients(config, *placed(mesh, config)))
+    fn = jax.jit(loss_and_gradients(config, *placed(mesh, config), loss_of(config)))
     batch = batch_of(config.train.batch) if batch is None else batch
     params, biases = parameters(config)
-    found = fn(params, biases if bias is None else bias, batch, np.float32(0.3), None)
+    found = fn(params, biases if bias is None else bias, batch, np.float32(0), None)
     return jax.tree.map(np.asarray, found)
 
 
@@ -61,10 +61,10 @@ def run(mesh: str, config: Config, batch: Batch | None = None, bias: nnx.State |
 def plain(n_layers: int, n_rows: int, *settings: str):
     """The mean over sequences of what one device makes of each by itself; loads are sums."""
     config, whole = config_with(n_layers, 1, *settings), batch_of(n_rows)
-    fn = jax.jit(loss_and_gradients(config, *placed("dp1", config)))
+    fn = jax.jit(loss_and_gradients(config, *placed("dp1", config), loss_of(config)))
     params = parameters(config)
     rows = [
-        jax.tree.map(np.asarray, fn(*params, jax.tree.map(row, whole), 0.3, None))
+        jax.tree.map(np.asarray, fn(*params, jax.tree.map(row, whole), np.float32(0), None))
         for row in (operator.itemgetter(slice(i, i + 1)) for i in range(n_rows))
     ]
     losses, stats, grads = jax.tree.map(lambda *parts: np.mean(parts, 0, np.float64), *rows)
