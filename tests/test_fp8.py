@@ -1,4 +1,4 @@
-"""FP8 products against a slow twin, golden C3, and what of them is kept for the backward."""
+"""FP8 products against a slow twin, golden C3, and what is saved for their backward."""
 
 import functools
 from pathlib import Path
@@ -13,7 +13,7 @@ from reference import fp8 as reference
 from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap, SavedInput, SwiGLUInput, fp8_matmul
 from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor, quantize
 
-# Codes are the same but where a float32 division lies on the other side of a tie; products are
+# FP8 values are the same but where a float32 division lies on the other side of a tie; products are
 # summed in float32, the twin's in float64.
 TOLERANCE = 1e-4  # of the largest value
 SHAPES = [(40, 256, 384), (130, 200, 136), (7, 64, 40), (1, 128, 128)]
@@ -58,8 +58,8 @@ def test_product_and_gradients_equal_the_twin(rows, width, hidden, save):
 def test_golden_product():
     """Activations and weights of golden C3 give its block-scaled product."""
     golden = dict(np.load(Path(__file__).parent / "goldens" / "C3_fp8_units" / "golden.npz"))
-    codes = golden["weight.bits_uint8"].view(ml_dtypes.float8_e4m3fn)
-    w = Fp8Weight(QuantizedTensor(codes.T, golden["weight.scale_inv"].T))
+    values = golden["weight.bits_uint8"].view(ml_dtypes.float8_e4m3fn)
+    w = Fp8Weight(QuantizedTensor(values.T, golden["weight.scale_inv"].T))
     got = fp8_matmul(SavedInput(), golden["act.x"], w)
     want = golden["gemm.out_float64acc"]
     row_max = np.abs(want).max(-1, keepdims=True)
@@ -78,21 +78,21 @@ def test_groups_equal_the_twin(sizes):
     save = SavedInput(power_of_two=True)
     y, d_x, d_w = run(save, x, weight_of(w), grad, jnp.asarray(sizes, jnp.int32))
     x[total:] = grad[total:] = 0
-    kept = reference.quantized(x, (1, 128), True)
-    turned = reference.quantized(kept, (128, 1), True), reference.quantized(grad, (128, 1))
+    saved = reference.quantized(x, (1, 128), True)
+    transposed = reference.quantized(saved, (128, 1), True), reference.quantized(grad, (128, 1))
     for i, size in enumerate(sizes):
         rows = slice(start, start := start + size)
         want = np.zeros((size, 130)) if not size else reference.gradients(x[rows], w[i], grad[rows])
         if size:
             assert_close(y[rows], reference.matmul(x[rows], w[i], True))
             assert_close(d_x[rows], want[0])
-            assert_close(d_w[i], turned[0][rows].T.astype(np.float64) @ turned[1][rows])
+            assert_close(d_w[i], transposed[0][rows].T.astype(np.float64) @ transposed[1][rows])
         else:
             assert not np.asarray(d_w[i]).any()
 
 
-def test_gated_product_keeps_its_input_and_computes_the_rest_again():
-    """Forward from the input as it is, backward from what is kept of it in FP8."""
+def test_swiglu_is_computed_again_from_its_saved_input():
+    """Forward from the input as it is, backward from what is saved of it in FP8."""
     hidden, gates, w = normal(0, 70, 2 * 136), normal(3, 70), normal(1, 136, 96)
     grad = normal(2, 70, 96)
 
@@ -102,15 +102,15 @@ def test_gated_product_keeps_its_input_and_computes_the_rest_again():
     y, pull = jax.vjp(f, hidden, gates, weight_of(w))
     d_hidden, d_gates, d_w = pull(jnp.asarray(grad))
     assert_close(y, reference.matmul(reference.swiglu(hidden, gates), w))
-    kept = reference.quantized(hidden, (1, 128))
-    x = reference.swiglu(kept, gates).astype(np.float32)
+    saved = reference.quantized(hidden, (1, 128))
+    x = reference.swiglu(saved, gates).astype(np.float32)
     d_x = (
         reference.quantized(grad, (1, 128)).astype(np.float64)
         @ reference.quantized(w, (128, 128)).T
     )
-    turned = reference.quantized(x, (128, 1)), reference.quantized(grad, (128, 1))
-    assert_close(d_w.tap.weight, turned[0].T.astype(np.float64) @ turned[1])
-    gate, up = np.split(kept.astype(np.float64), 2, axis=1)
+    transposed = reference.quantized(x, (128, 1)), reference.quantized(grad, (128, 1))
+    assert_close(d_w.tap.weight, transposed[0].T.astype(np.float64) @ transposed[1])
+    gate, up = np.split(saved.astype(np.float64), 2, axis=1)
     sigmoid = 1 / (1 + np.exp(-gate))
     d_gated = d_x * gates[:, None]
     d_gate = d_gated * up * sigmoid * (1 + gate * (1 - sigmoid))

@@ -1,4 +1,4 @@
-"""A released FP8 checkpoint used as it is: codes in memory and in products, no wide copy."""
+"""A released FP8 checkpoint used as it is: FP8 in memory and in products, no wide copy."""
 
 import dataclasses
 import json
@@ -25,8 +25,8 @@ from sharding.layout import Layout
 from sharding.mesh import make_mesh, parse_mesh
 
 CASE = "C2_official_fp8"
-# As users' programs are compiled: a float32 sum in another order moves a code now and then, and
-# every later token reads it.
+# As users' programs are compiled: a float32 sum in another order moves an FP8 value now and then,
+# and every later token reads it.
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
@@ -51,10 +51,10 @@ def test_equals_the_official_code_with_its_fp8_products():
     official = np.concatenate([want[f"fp32act_fp8gemm.{n}_logits"] for n in names], axis=1)
     error = np.sqrt(np.square(got - official).mean(-1)) / official.std(-1)
     assert np.median(error) < 2e-2  # the manifest's; wrong scales give 7e-2
-    assert (error[:, 0] < 1e-4).all()  # before the first code that moves
+    assert (error[:, 0] < 1e-4).all()  # before the first FP8 value that moves
 
 
-def test_codes_and_scales_are_those_of_the_files():
+def test_values_and_scales_are_those_of_the_files():
     model = load_pretrained(GOLDENS / CASE, "fp8")
     wide = model_of(CASE)
     for state in (model, wide):
@@ -86,7 +86,7 @@ def test_a_mesh_holds_what_one_device_does():
 
 
 def test_latent_cache_in_fp8():
-    """Codes of the latents, and logits near those with the wide cache; fewer bytes."""
+    """FP8 values of the latents, and logits near those with the unquantized cache; fewer bytes."""
     model = load_pretrained(GOLDENS / CASE)
     config, served, tokens = model.config, Served(model), golden(CASE)["input_ids"]
     nobody = np.zeros(len(tokens), np.int32)

@@ -1,4 +1,4 @@
-"""The GPU's product of FP8 codes: its steps on the CPU, and what the compiler makes of it."""
+"""The GPU's FP8 matmul: its steps on the CPU, and what the compiler makes of it."""
 
 import functools
 
@@ -19,7 +19,7 @@ CASES = {
 
 
 def inputs(case: str, width: int, hidden: int):
-    """Rows, weights and gradient in codes; rows behind the groups are NaN."""
+    """Rows, weights and gradient in FP8; rows behind the groups are NaN."""
     n_rows, sizes = CASES[case]
     rng = np.random.default_rng(0)
     shapes = (n_rows, width), (len(sizes), width, hidden), (n_rows, hidden)
@@ -42,8 +42,8 @@ def test_matches_a_loop(case, width, hidden):
     groups = np.repeat(np.arange(len(sizes)), sizes)
     for x, transposed in ((rows, False), (grad, True)):
         got = grouped_scaled_matmul(x, weights, sizes, jnp.float32, transposed, interpret=True)
-        wide = np.float64(dequantize(x, TILE))
-        want = np.stack([wide[i] @ (w[g].T if transposed else w[g]) for i, g in enumerate(groups)])
+        exact = np.float64(dequantize(x, TILE))
+        want = np.stack([exact[i] @ (w[g].T if transposed else w[g]) for i, g in enumerate(groups)])
         np.testing.assert_allclose(got[:n], want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
@@ -65,7 +65,7 @@ def test_widths_that_differ_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_compiles_for_an_h100(transposed, tmp_path):
-    """One kernel on the tensor cores, and no wide copy of a matrix."""
+    """One kernel on the tensor cores, and no float32 copy of a matrix."""
     pytest.importorskip("jax_cuda13_plugin")
     here = jax.sharding.SingleDeviceSharding(gpu_devices(1, 1)[0])
 

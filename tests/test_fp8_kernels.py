@@ -50,7 +50,7 @@ def repeated(x: QuantizedTensor, axis: int, n: int) -> QuantizedTensor:
     )
 
 
-def turned(w: QuantizedTensor) -> QuantizedTensor:
+def transpose(w: QuantizedTensor) -> QuantizedTensor:
     return QuantizedTensor(w.values.mT, w.scale.mT)
 
 
@@ -65,12 +65,12 @@ def grouped_matmul(x, w, sizes, transposed=False):
 
 
 @jax.jit
-def outer(x, g):
+def wgrad(x, g):
     return fp8_wgrad(x, g, interpret=True)
 
 
 @jax.jit
-def grouped_outer(x, g, sizes):
+def grouped_wgrad(x, g, sizes):
     return grouped_fp8_wgrad(x, g, sizes, interpret=True)
 
 
@@ -82,15 +82,15 @@ def test_product(rows, width, columns):
     (x, wide_x), (w, wide_w) = scaled(0, (rows, width), TILE), scaled(1, (width, columns), BLOCK)
     want = wide_x @ wide_w
     assert_close(matmul(x, w), want, EXACT)
-    assert_close(matmul(x, turned(w), transposed=True), want, EXACT)
+    assert_close(matmul(x, transpose(w), transposed=True), want, EXACT)
 
 
-def test_pieces_of_256():
+def test_blocks_of_256():
     """Where neighbours along the sum have the same scale, it is that of both."""
     (x, wide_x), (w, wide_w) = scaled(0, (140, 300), (1, 256)), scaled(1, (300, 200), (256, 128))
     x, w = repeated(x, 1, 3), repeated(w, 0, 3)
     assert_close(matmul(x, w, depth=256), wide_x @ wide_w, EXACT)
-    assert_close(matmul(x, turned(w), jnp.float32, True, 256), wide_x @ wide_w, EXACT)
+    assert_close(matmul(x, transpose(w), jnp.float32, True, 256), wide_x @ wide_w, EXACT)
 
 
 def test_product_in_the_dtype_asked_for():
@@ -101,9 +101,9 @@ def test_product_in_the_dtype_asked_for():
 
 
 @pytest.mark.parametrize("n, width, columns", [(256, 128, 384), (300, 130, 200), (1, 128, 70)])
-def test_outer(n, width, columns):
+def test_wgrad(n, width, columns):
     (x, wide_x), (g, wide_g) = scaled(0, (n, width), TILE_T), scaled(1, (n, columns), TILE_T)
-    assert_close(outer(x, g), wide_x.T @ wide_g, EXACT)
+    assert_close(wgrad(x, g), wide_x.T @ wide_g, EXACT)
 
 
 @pytest.mark.parametrize("case", GROUPS)
@@ -117,11 +117,11 @@ def test_grouped(case):
     want = np.einsum("rD,rDF->rF", wide_x[:inside], wide_w[group])
     x, n = spoiled(x, inside, TILE), jnp.asarray(sizes, jnp.int32)
     assert_close(grouped_matmul(x, w, n)[:inside], want, EXACT)
-    assert_close(grouped_matmul(x, turned(w), n, transposed=True)[:inside], want, EXACT)
+    assert_close(grouped_matmul(x, transpose(w), n, transposed=True)[:inside], want, EXACT)
 
 
 @pytest.mark.parametrize("case", GROUPS)
-def test_grouped_outer(case):
+def test_grouped_wgrad(case):
     """Tiles are those of the buffer and may hold rows of several groups; empty groups get 0."""
     sizes = GROUPS[case]
     inside = sum(sizes)
@@ -129,16 +129,16 @@ def test_grouped_outer(case):
     one = (np.arange(len(sizes))[:, None] == np.repeat(np.arange(len(sizes)), sizes)).astype(float)
     want = np.einsum("er,rD,rF->eDF", one, wide_x[:inside], wide_g[:inside], optimize=True)
     x, g = (spoiled(part, inside, TILE_T) for part in (x, g))
-    assert_close(grouped_outer(x, g, jnp.asarray(sizes, jnp.int32)), want, EXACT)
+    assert_close(grouped_wgrad(x, g, jnp.asarray(sizes, jnp.int32)), want, EXACT)
 
 
 @pytest.mark.parametrize("rows", [128, 512])
 @pytest.mark.parametrize("case", GROUPS)
 def test_every_row_is_visited_once(case, rows):
     sizes = GROUPS[case]
-    visits, n_visits = tile_schedule(jnp.asarray(sizes, jnp.int32), N_ROWS, rows)
+    schedule, n_visits = tile_schedule(jnp.asarray(sizes, jnp.int32), N_ROWS, rows)
     times = np.zeros((len(sizes), N_ROWS), int)
-    for group, tile, start, stop in list(zip(*map(np.asarray, visits), strict=True))[:n_visits]:
+    for group, tile, start, stop in list(zip(*map(np.asarray, schedule), strict=True))[:n_visits]:
         times[group, max(start, tile * rows) : min(stop, (tile + 1) * rows)] += 1
     want = np.arange(len(sizes))[:, None] == np.repeat(np.arange(len(sizes)), sizes)
     np.testing.assert_array_equal(times[:, : sum(sizes)], want)
@@ -154,7 +154,7 @@ def test_what_is_not_finite_stays_visible(bad):
     got = np.asarray(matmul(quantize(jnp.asarray(x), TILE), w))
     assert np.isnan(got[7]).all() and np.isfinite(np.delete(got, 7, axis=0)).all()
     g, _ = scaled(2, (200, 140), TILE_T)
-    got = np.asarray(outer(quantize(jnp.asarray(x), TILE_T), g))
+    got = np.asarray(wgrad(quantize(jnp.asarray(x), TILE_T), g))
     assert np.isnan(got[130]).all() and np.isfinite(np.delete(got, 130, axis=0)).all()
 
 
@@ -192,15 +192,15 @@ def test_swiglu_quantize(rows, width, dtype):
 
 
 def test_swiglu_quantize_of_any_numbers():
-    """The activation may be rounded differently in its last bit, and a few codes with it."""
+    """The activation may be rounded differently in its last bit, and a few FP8 values with it."""
     rng = np.random.default_rng(0)
     hidden, gates = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((300, 512), (300,)))
     want = quantize(activation(hidden, gates), TILE)
     got = swiglu_in_a_program(hidden, gates)
     np.testing.assert_allclose(got.scale, want.scale, rtol=1e-6)
-    codes, wanted = (np.asarray(x.values, np.float32) for x in (got, want))
-    assert (codes != wanted).mean() < 1e-4
-    np.testing.assert_allclose(codes, wanted, rtol=1 / 8)  # one code apart
+    values, wanted = (np.asarray(x.values, np.float32) for x in (got, want))
+    assert (values != wanted).mean() < 1e-4
+    np.testing.assert_allclose(values, wanted, rtol=1 / 8)  # one E4M3 value apart
     bad = hidden.at[7, 130].set(jnp.nan).at[8, 300].set(jnp.inf)
     found = np.asarray(dequantize(swiglu_in_a_program(bad, gates), TILE))
     assert np.isnan(found[7, 130]) and np.isnan(found[8, :128]).all()
@@ -209,7 +209,7 @@ def test_swiglu_quantize_of_any_numbers():
 
 @pytest.mark.parametrize("topology", ["tpu7x:2x2x1", "v5p:2x2x1"])
 def test_compiles_for_tpus(topology, monkeypatch):
-    """One kernel each, whose operands are codes."""
+    """One kernel each, whose operands are E4M3."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
@@ -218,18 +218,22 @@ def test_compiles_for_tpus(topology, monkeypatch):
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     here = jax.sharding.SingleDeviceSharding(device)
 
-    def codes(shape, block):
+    def quantized(shape, block):
         rows, cols = (-(-n // size) for n, size in zip(shape[-2:], block, strict=True))
         return QuantizedTensor(given(shape, jnp.float8_e4m3fn), given((*shape[:-2], rows, cols)))
 
     def given(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    x, w, sizes = codes((256, 384), TILE), codes((3, 384, 256), BLOCK), given((3,), jnp.int32)
-    columns = codes((256, 384), TILE_T), codes((256, 256), TILE_T)
+    x, w, sizes = (
+        quantized((256, 384), TILE),
+        quantized((3, 384, 256), BLOCK),
+        given((3,), jnp.int32),
+    )
+    transposed_tiles = quantized((256, 384), TILE_T), quantized((256, 256), TILE_T)
     programs = {
         "grouped_scaled_matmul": (grouped_scaled_matmul, (x, w, sizes, jnp.bfloat16)),
-        "grouped_fp8_wgrad": (grouped_fp8_wgrad, (*columns, sizes)),
+        "grouped_fp8_wgrad": (grouped_fp8_wgrad, (*transposed_tiles, sizes)),
         "swiglu_quantize": (swiglu_quantize, (given((256, 512), jnp.bfloat16), None)),
     }
     for name, (function, arguments) in programs.items():

@@ -1,4 +1,4 @@
-"""FP8 in layers and steps: sharded weights, what is kept for the backward, counts, bad input.
+"""FP8 in layers and steps: sharded weights, what is saved for the backward, counts, bad input.
 
 Codes answer a difference in the last bit of a float32 sum by a step of 1/16, now and then, and the
 next layer has one more difference to answer. So a whole model on a mesh equals the one on a single
@@ -57,7 +57,7 @@ def mesh_of(text: str):
 
 @pytest.mark.parametrize("zero", [1, 3])
 @pytest.mark.parametrize("mesh_text", ["dp4,ep2", "dp2,ep2x2", "dp8"])
-def test_codes_of_shares_are_those_of_the_whole(mesh_text, zero):
+def test_values_of_shards_are_those_of_the_whole(mesh_text, zero):
     """Shares of 17 and 25 rows: blocks lie on several devices, and devices hold parts of two."""
     mesh, spec = mesh_of(mesh_text)
     layout = Layout(mesh=spec, zero=zero)
@@ -70,12 +70,12 @@ def test_codes_of_shares_are_those_of_the_whole(mesh_text, zero):
         return used.gate_up.kernel.get_value().quantized, used.down.kernel.get_value().quantized
 
     got = jax.jit(manual_region(whole, mesh, (param_specs(state, layout),), REPLICATED))(state)
-    for codes, kernel in zip(got, (layer().gate_up.kernel, layer().down.kernel), strict=True):
+    for one, kernel in zip(got, (layer().gate_up.kernel, layer().down.kernel), strict=True):
         want = quantize(kernel[...], BLOCK)
         np.testing.assert_array_equal(
-            np.asarray(codes.values, np.float32), np.asarray(want.values, np.float32)
+            np.asarray(one.values, np.float32), np.asarray(want.values, np.float32)
         )
-        np.testing.assert_array_equal(codes.scale, want.scale)
+        np.testing.assert_array_equal(one.scale, want.scale)
 
 
 @functools.cache
@@ -110,14 +110,14 @@ def test_a_layer_on_a_mesh_equals_one_device(mesh_text, zero):
     want, wanted = one_layer("dp1", 1)
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-4 * np.abs(want).max())
     for path, grad in grads.items():
-        close = 1e-3 * np.abs(wanted[path]).max()  # a code or two on the other side of a tie
+        close = 1e-3 * np.abs(wanted[path]).max()  # an FP8 value or two on the other side of a tie
         np.testing.assert_allclose(grad, wanted[path], rtol=0, atol=close, err_msg=path)
 
 
-def fp8(zero: int = 1, remat: str = "none", products: str = "fp8") -> Config:
+def fp8(zero: int = 1, remat: str = "none", matmul: str = "fp8") -> Config:
     """The small step with products in FP8 and float32 between them."""
     config = small_step.config_of(zero, remat)
-    precision = dataclasses.replace(config.precision, matmul=products, dispatch=products)
+    precision = dataclasses.replace(config.precision, matmul=matmul, dispatch=matmul)
     return dataclasses.replace(config, precision=precision)
 
 
@@ -164,13 +164,13 @@ def test_fp8_is_near_float32_and_remat_changes_nothing():
     again, same = step_of("dp1", fp8(remat="report"))
     assert again == pytest.approx(loss, rel=1e-5)
     assert max(off(same, grads).values()) < 0.08
-    wide, wanted = step_of("dp1", fp8(products="compute"))
+    wide, wanted = step_of("dp1", fp8(matmul="compute"))
     assert 1e-6 < abs(loss / wide - 1) < 1e-2  # really FP8, and near
     # Tokens whose experts flip are others: how near a product is, tests/test_fp8.py says.
     assert 1e-3 < off(grads, wanted)["head"] < 0.5
 
 
-def kept(fn, *inputs) -> list[jax.ShapeDtypeStruct]:
+def saved(fn, *inputs) -> list[jax.ShapeDtypeStruct]:
     """What the backward of `fn` keeps, without the inputs themselves."""
     pull = jax.eval_shape(lambda *x: jax.vjp(fn, *x)[1], *inputs)
     shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(inputs)]
@@ -178,8 +178,8 @@ def kept(fn, *inputs) -> list[jax.ShapeDtypeStruct]:
 
 
 @pytest.mark.parametrize("remat", ["none", "report"])
-def test_no_wide_copy_of_an_input_is_kept(remat):
-    """Of a MoE block in bfloat16: tokens at their experts, hidden layers, as codes alone."""
+def test_no_wide_copy_of_an_input_is_saved(remat):
+    """Of a MoE block in bfloat16: tokens at their experts, hidden layers, in FP8 alone."""
     config = dataclasses.replace(load_preset("tiny").model, width=WIDTH)
     moe = dataclasses.replace(config.moe, hidden=HIDDEN)
     config, layout = dataclasses.replace(config, moe=moe), Layout()
@@ -197,22 +197,22 @@ def test_no_wide_copy_of_an_input_is_kept(remat):
 
         return scan(step, blocks, x, None, layout=layout, compute=BFLOAT16, remat=remat)[0]
 
-    found = kept(run, state, x)
+    found = saved(run, state, x)
     rows = 24 * moe.top_k
     bits = (jnp.uint8, jnp.float8_e4m3fn)
-    codes = {x.shape[-2:] for x in found if x.dtype in bits}
-    assert {(rows, WIDTH), (rows, 2 * HIDDEN), (24, 2 * HIDDEN)} <= codes
+    values = {x.shape[-2:] for x in found if x.dtype in bits}
+    assert {(rows, WIDTH), (rows, 2 * HIDDEN), (24, 2 * HIDDEN)} <= values
     floats = {x.shape[-2:] for x in found if x.dtype in (jnp.bfloat16, jnp.float32)}
     assert not {(rows, WIDTH), (rows, 2 * HIDDEN), (24, 2 * HIDDEN), (rows, HIDDEN)} & floats
 
 
 def test_weights_are_quantized_once_whatever_passes_there_are():
-    """No layer in the loop makes codes of a weight, forward or back: stacks are made whole."""
+    """No layer in the loop quantizes a weight, forward or back: stacks are made whole."""
     config = fp8(remat="full")
     step = loss_and_gradients(config, *small_step.placed("dp1", config), small_step.loss_of(config))
     params, bias = small_step.parameters()
     inputs = (params, bias, small_step.batch_of(0), np.float32(0), None)
-    codes = [
+    shapes = [
         e.outvars[0].aval.shape
         for e in equations(jax.make_jaxpr(step)(*inputs).jaxpr)
         if e.primitive.name == "convert_element_type"
@@ -221,7 +221,7 @@ def test_weights_are_quantized_once_whatever_passes_there_are():
     weights = [params[stack]["ffn"]["gate_up"] for stack in ("moe",)]
     weights.append(params["mtp"]["block"]["ffn"]["gate_up"])
     for weight in weights:
-        assert codes.count(weight.shape) == 1 and codes.count(weight.shape[1:]) == 0
+        assert shapes.count(weight.shape) == 1 and shapes.count(weight.shape[1:]) == 0
 
 
 def equations(jaxpr):
@@ -243,8 +243,8 @@ def test_counts_are_those_of_the_numbers():
     activations, gradients, weights = (QuantStats(*x) for x in found["dense.ffn.down.kernel"][0])
     assert activations.all == n_tokens * down.shape[0]
     assert gradients.all == n_tokens * down.shape[1]
-    codes = reference.quantized(down, (128, 128))
-    assert weights.all == 4 * down.size and weights.underflow == 4 * (codes == 0).sum()
+    values = reference.quantized(down, (128, 128))
+    assert weights.all == 4 * down.size and weights.underflow == 4 * (values == 0).sum()
     assert activations.saturated >= n_tokens  # the largest of each tile is taken to 448
     assert not found["embedding"].any() and not found["moe.ffn.router"].any()
     row = shares(counts)
@@ -284,12 +284,12 @@ def test_bad_settings_are_refused():
 
 def test_weights_of_another_format_are_refused():
     x = jnp.zeros((2, 256))
-    codes = quantize(jnp.ones((256, 128)), BLOCK)
+    w = quantize(jnp.ones((256, 128)), BLOCK)
     layer = SwiGLU(256, 64, 0.1, rngs=nnx.Rngs(0))
-    layer.gate_up.kernel.set_value(Fp8Weight(codes._replace(scale=jnp.ones((1, 1)))))
+    layer.gate_up.kernel.set_value(Fp8Weight(w._replace(scale=jnp.ones((1, 1)))))
     with pytest.raises(ValueError, match=r"scale has shape \(1, 1\); \(256, 128\) in blocks"):
         layer(x)
-    layer.gate_up.kernel.set_value(Fp8Weight(codes._replace(values=jnp.ones((256, 128)))))
+    layer.gate_up.kernel.set_value(Fp8Weight(w._replace(values=jnp.ones((256, 128)))))
     with pytest.raises(TypeError, match="float8_e4m3fn"):
         layer(x)
 

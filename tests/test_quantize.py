@@ -1,7 +1,7 @@
 """Block scaling against the published kernels' unit values (golden C3), a slow twin, and itself.
 
 Tolerances of C3 are those of the goldens' manifest: dequantized values and rounding exact, scales
-1e-6, at most 1 code in 1000 off by one step.
+1e-6, at most 1 E4M3 value in 1000 off by one step.
 """
 
 import functools
@@ -42,13 +42,13 @@ def bits_of(values) -> np.ndarray:
     return np.asarray(values).view(np.uint8)
 
 
-def assert_codes_close(got, want):
-    """Codes of one sign follow their numbers' order, so one step is a difference of 1."""
+def assert_values_close(got, want):
+    """Bits of one sign follow the order of their values, so one step is a difference of 1."""
     step = np.abs(bits_of(got).astype(int) - want.astype(int))
     assert step.max() <= 1 and (step > 0).mean() <= 1e-3, f"{(step > 0).sum()} of {step.size}"
 
 
-def assert_scaled_equal(got: QuantizedTensor, values, scale):
+def assert_quantized_equal(got: QuantizedTensor, values, scale):
     np.testing.assert_array_equal(bits_of(got.values), bits_of(values))
     np.testing.assert_array_equal(np.asarray(got.scale).view(np.uint32), scale.view(np.uint32))
 
@@ -62,7 +62,7 @@ def test_activation_tiles(name, power_of_two):
     got = quantize_jit(want[f"{name}.x"], TILE, power_of_two)
     rtol = 0 if power_of_two else 1e-6
     np.testing.assert_allclose(got.scale, want[f"{name}.scale"], rtol=rtol)
-    assert_codes_close(got.values, want[f"{name}.q_bits_uint8"])
+    assert_values_close(got.values, want[f"{name}.q_bits_uint8"])
 
 
 def test_weight_blocks():
@@ -72,7 +72,7 @@ def test_weight_blocks():
     np.testing.assert_array_equal(dequantize_jit(read, BLOCK), want["weight.dequant"])
     got = requantize_jit(want["weight.original"], BLOCK)
     np.testing.assert_allclose(got.scale, want["weight.scale_inv"], rtol=1e-6)
-    assert_codes_close(got.values, want["weight.bits_uint8"])
+    assert_values_close(got.values, want["weight.bits_uint8"])
 
 
 def test_matmul_of_dequantized():
@@ -84,11 +84,11 @@ def test_matmul_of_dequantized():
     assert (np.abs(got - want["gemm.out_float64acc"]) <= 1e-4 * row_max).all()
 
 
-def test_all_codes_and_their_rounding():
+def test_all_e4m3_values_and_their_rounding():
     want = golden()
-    codes = of_bits(np.arange(256)).reshape(1, 256)
+    values = of_bits(np.arange(256)).reshape(1, 256)
     one = np.ones((1, 2), np.float32)
-    got = dequantize_jit(QuantizedTensor(codes, one), TILE)
+    got = dequantize_jit(QuantizedTensor(values, one), TILE)
     np.testing.assert_array_equal(got[0], want["e4m3fn.code_values"])
     x = np.concatenate([want["e4m3fn.round_in"], [448.0]]).astype(np.float32)  # 448: scale is 1
     got = quantize_jit(x[None], (1, x.size))
@@ -136,12 +136,12 @@ def reference_dequantize(values: np.ndarray, scale: np.ndarray, block: tuple[int
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_equals_the_twin(shape, block, power_of_two, dtype):
-    """To the last bit: in bfloat16 many numbers lie half-way between two codes."""
+    """To the last bit: in bfloat16 many numbers lie half-way between two E4M3 values."""
     rng = np.random.default_rng(0)
     x = np.asarray(rng.normal(size=shape) * 10.0 ** rng.uniform(-6, 6, size=shape), dtype)
     values, scale = reference_quantize(x.astype(np.float32), block, power_of_two)
     got = quantize_jit(x, block, power_of_two)
-    assert_scaled_equal(got, values, scale)
+    assert_quantized_equal(got, values, scale)
     back = dequantize_jit(QuantizedTensor(values, scale), block)
     np.testing.assert_array_equal(back, reference_dequantize(values, scale, block))
 
@@ -198,70 +198,70 @@ def test_nan_and_infinity_stay_visible(write, bad):
 def test_dequantize_rounds_once():
     """To bfloat16 from the float32 product, not from a product of bfloat16 numbers."""
     rng = np.random.default_rng(2)
-    codes = of_bits(rng.integers(0, 126, size=(6, 15)))
+    values = of_bits(rng.integers(0, 126, size=(6, 15)))
     scale = rng.uniform(1, 2, size=(2, 3)).astype(np.float32)
-    want = reference_dequantize(codes, scale, SMALL).astype(ml_dtypes.bfloat16)
-    got = dequantize_jit(QuantizedTensor(codes, scale), SMALL, jnp.bfloat16)
+    want = reference_dequantize(values, scale, SMALL).astype(ml_dtypes.bfloat16)
+    got = dequantize_jit(QuantizedTensor(values, scale), SMALL, jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got), want)
 
 
 def test_scale_of_a_wrong_shape_is_refused():
-    codes = of_bits(np.zeros((6, 15)))
+    values = of_bits(np.zeros((6, 15)))
     with pytest.raises(ValueError, match=r"scale has shape \(3, 2\).*needs \(2, 3\)"):
-        dequantize(QuantizedTensor(codes, np.ones((3, 2), np.float32)), SMALL)
+        dequantize(QuantizedTensor(values, np.ones((3, 2), np.float32)), SMALL)
     with pytest.raises(ValueError, match=r"scale has shape \(3, 2\).*needs \(2, 3\)"):
         requantize(np.ones((6, 15), np.float32), SMALL, np.ones((3, 2), np.float32))
 
 
-# Export: the codes that weights came from
+# Export: the values and scales that weights were dequantized from
 
 
-def random_codes(seed: int, shape=(2, 7, 13), block=SMALL) -> QuantizedTensor:
-    """Every finite code, with +-448 and 1 (which tells neighbouring scales apart) in each block."""
+def random_quantized(seed: int, shape=(2, 7, 13), block=SMALL) -> QuantizedTensor:
+    """Return all finite values, with +-448 and 1 (to tell neighbouring scales apart) per block."""
     rng = np.random.default_rng(seed)
     magnitude = rng.integers(0, 127, size=shape)
     magnitude[..., :: block[0], :: block[1]] = 126  # 448, first of its block
     magnitude[..., :: block[0], 1 :: block[1]] = 56  # 1.0, the second
-    codes = of_bits(magnitude + 128 * rng.integers(0, 2, size=shape))
+    values = of_bits(magnitude + 128 * rng.integers(0, 2, size=shape))
     blocks = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
-    return QuantizedTensor(codes, (10.0 ** rng.uniform(-12, 4, size=blocks)).astype(np.float32))
+    return QuantizedTensor(values, (10.0 ** rng.uniform(-12, 4, size=blocks)).astype(np.float32))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_float32_weights_give_back_codes_and_scales(seed):
-    made = random_codes(seed, shape=(2, 8, 14))
+def test_float32_weights_give_back_values_and_scales(seed):
+    made = random_quantized(seed, shape=(2, 8, 14))
     w = dequantize_jit(made, SMALL)
-    assert_scaled_equal(requantize_jit(w, SMALL), *made)
+    assert_quantized_equal(requantize_jit(w, SMALL), *made)
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_known_scale_gives_back_any_codes(seed, dtype):
-    made = random_codes(seed)
-    codes = np.array(made.values)
-    codes[np.abs(codes.astype(np.float32)) > 100] = 3.5  # so no block reaches 448
-    codes[0, :3, :5] = 0
-    w = dequantize_jit(QuantizedTensor(codes, made.scale), SMALL, dtype)
-    assert_scaled_equal(requantize_jit(w, SMALL, made.scale), codes, made.scale)
+def test_known_scale_gives_back_any_values(seed, dtype):
+    made = random_quantized(seed)
+    values = np.array(made.values)
+    values[np.abs(values.astype(np.float32)) > 100] = 3.5  # so no block reaches 448
+    values[0, :3, :5] = 0
+    w = dequantize_jit(QuantizedTensor(values, made.scale), SMALL, dtype)
+    assert_quantized_equal(requantize_jit(w, SMALL, made.scale), values, made.scale)
 
 
-def test_golden_weights_give_back_codes_and_scales():
+def test_golden_weights_give_back_values_and_scales():
     want = golden()
     got = requantize_jit(want["weight.dequant"], BLOCK)
-    assert_scaled_equal(got, of_bits(want["weight.bits_uint8"]), want["weight.scale_inv"])
+    assert_quantized_equal(got, of_bits(want["weight.bits_uint8"]), want["weight.scale_inv"])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_trained_blocks_leave_their_known_scale(dtype):
-    """One element of one block grew: that block is quantized anew, the others keep their codes."""
-    made = random_codes(3)
+    """One element of one block grew: that block is quantized anew, the others keep their values."""
+    made = random_quantized(3)
     w = np.array(dequantize_jit(made, SMALL, dtype))
     w[1, 4, 7] = 1.3 * np.abs(w[1, 3:6, 5:10]).max()
     got = requantize_jit(w, SMALL, made.scale)
     fresh = requantize_jit(w, SMALL)
-    kept = np.ones(made.scale.shape, bool)
-    kept[1, 1, 1] = False
-    np.testing.assert_array_equal(np.asarray(got.scale)[kept], made.scale[kept])
+    unchanged = np.ones(made.scale.shape, bool)
+    unchanged[1, 1, 1] = False
+    np.testing.assert_array_equal(np.asarray(got.scale)[unchanged], made.scale[unchanged])
     assert got.scale[1, 1, 1] == fresh.scale[1, 1, 1] != made.scale[1, 1, 1]
     amax = np.abs(w[1, 3:6, 5:10].astype(np.float32)).max()
     assert got.scale[1, 1, 1] == amax / np.float32(448)
@@ -273,7 +273,7 @@ def test_trained_blocks_leave_their_known_scale(dtype):
 def test_useless_known_scale_is_not_used(scale):
     w = np.random.default_rng(4).normal(size=(7, 13)).astype(np.float32)
     got = requantize_jit(w, SMALL, np.full((3, 3), scale, np.float32))
-    assert_scaled_equal(got, *map(np.asarray, requantize_jit(w, SMALL)))
+    assert_quantized_equal(got, *map(np.asarray, requantize_jit(w, SMALL)))
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-38, -3e-36])

@@ -1,4 +1,4 @@
-"""Which numbers are held in which format."""
+"""The number formats of a run: which arrays are held, computed and sent in which dtype."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from sharding.dispatch import IDENTITY, WireFormat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Number formats by role (report sec. 3.3.2, 3.3.3).
+    """The number formats by role (report sec. 3.3.1 to 3.3.3).
 
     `compute` is for activations and the weights that meet them; sums, norms, the router and the
     gradients of weights are float32 whatever it says. `wire` is for tokens on their way to experts.
@@ -21,10 +21,11 @@ class Policy:
     master: jnp.dtype = jnp.dtype("float32")
     moments: jnp.dtype = jnp.dtype("float32")
     wire: WireFormat = IDENTITY
-    fp8: bool = False  # products of all Linears in layers, and what their backwards keep
+    fp8: bool = False  # the matmuls of all Linears in layers, and what is saved for their backward
 
     @classmethod
     def of(cls, precision: PrecisionConfig) -> "Policy":
+        """Return the policy that a config's names stand for."""
         return cls(
             compute=jnp.dtype(precision.compute),
             master=jnp.dtype(precision.master),

@@ -8,7 +8,7 @@ FLOOR, TINY = np.float32(1e-4), np.float32(448 * 2.0**-126)
 
 
 def quantized(x, block: tuple[int, int], power_of_two: bool = False, floor=FLOOR) -> np.ndarray:
-    """x [R D] as codes times scales, one scale a block."""
+    """Return x [R D] as E4M3 values times scales, one scale per block."""
     x = np.asarray(x, np.float32)
     out = np.zeros_like(x)
     for i in range(0, x.shape[0], block[0]):
@@ -17,8 +17,8 @@ def quantized(x, block: tuple[int, int], power_of_two: bool = False, floor=FLOOR
             scale = max(np.abs(part).max(), floor) / np.float32(448)
             if power_of_two:
                 scale = np.float32(2.0 ** np.ceil(np.log2(np.float64(scale))))
-            codes = (part / scale).astype(E4M3).astype(np.float32)
-            out[i : i + block[0], j : j + block[1]] = codes * scale
+            values = (part / scale).astype(E4M3).astype(np.float32)
+            out[i : i + block[0], j : j + block[1]] = values * scale
     return out
 
 
@@ -35,12 +35,12 @@ def matmul(x, w, power_of_two: bool = False) -> np.ndarray:
     return sum(x[:, k].astype(np.float64) @ w[k].astype(np.float64) for k in pieces)
 
 
-def gradients(x, w, grad, power_of_two: bool = False, kept_wide: bool = False):
-    """Dgrad and Wgrad of `matmul`; the input was kept in tiles 1x128, or with 6 bits."""
+def gradients(x, w, grad, power_of_two: bool = False, save_e5m6: bool = False):
+    """Dgrad and Wgrad of `matmul`; the input was saved in tiles 1x128, or with 6 bits."""
     d_x = quantized(grad, (1, 128), floor=TINY).astype(np.float64) @ quantized(w, (128, 128)).T
-    kept = e5m6(x) if kept_wide else quantized(x, (1, 128), power_of_two)
-    turned = quantized(kept, (128, 1), power_of_two).astype(np.float64)
-    return d_x, turned.T @ quantized(grad, (128, 1), floor=TINY)
+    saved = e5m6(x) if save_e5m6 else quantized(x, (1, 128), power_of_two)
+    transposed = quantized(saved, (128, 1), power_of_two).astype(np.float64)
+    return d_x, transposed.T @ quantized(grad, (128, 1), floor=TINY)
 
 
 def swiglu(hidden, gates) -> np.ndarray:
