@@ -102,10 +102,10 @@ def read_into_memory(folder: Path):
     arrays, buffers = np.zeros((2, size), np.uint8), threading.local()
 
     def work(item):
-        number, at, place, n = item
+        number, offset, place, n = item
         if not hasattr(buffers, "own"):
             buffers.own = np.empty(chunk, np.uint8)
-        os.preadv(number, [memoryview(buffers.own)[:n]], at)
+        os.preadv(number, [memoryview(buffers.own)[:n]], offset)
         arrays[:, place : place + n] = buffers.own[None, :n]
 
     with ThreadPoolExecutor(2) as pool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from reference.hlo_text import compiled, module_of, nested, one, run_counts, simulate
 
-from dsv3_jax.aot import hlo, op_cost
+from dsv3_jax.aot import hlo, loops, op_cost
 
 # Shapes and lines
 
@@ -62,7 +62,7 @@ def test_nested_loops_multiply(stated):
     if not stated:
         text = re.sub(r'"known_\w+":\{[^}]*\},?', "", text)
     module = hlo.parse(text)
-    known, unknown = hlo.trip_counts(module)
+    known, unknown = loops.trip_counts(module)
     assert sorted(known.values()) == [3, 5] and not unknown
     assert max(run_counts(module, known).values()) == 15
     simulation = simulate(module)
@@ -80,7 +80,7 @@ def test_loops_over_data_are_reported_not_invented():
         return jax.lax.fori_loop(0, n, lambda i, y: y @ y, x)
 
     module = compiled(rows, jnp.ones((8, 8)), jnp.int32(4))
-    known, unknown = hlo.trip_counts(module)
+    known, unknown = loops.trip_counts(module)
     assert not known and "test_aot_hlo.py" in unknown[0].source
     with pytest.raises(KeyError, match=unknown[0].name):
         simulate(module)
@@ -107,7 +107,7 @@ def test_a_limit_may_be_carried_by_the_loop():
     %ten = s32[] constant(10)
     %t = (s32[], s32[]) tuple(%zero, %ten)
     ROOT %loop = {loop}"""
-    assert hlo.trip_counts(module_of(entry, others)) == ({"loop": 5.0}, [])
+    assert loops.trip_counts(module_of(entry, others)) == ({"loop": 5.0}, [])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from reference.hlo_text import compiled, module_of, nested, one, simulate
 
-from dsv3_jax.aot import collectives, hlo, memory, op_cost, simulator, timeline
+from dsv3_jax.aot import collectives, hlo, loops, memory, op_cost, simulator, timeline
 
 # Collectives
 
@@ -197,7 +197,7 @@ def test_copies_run_beside_compute_and_conditionals_take_the_slowest_branch():
 
 def test_the_layer_and_its_picture(tmp_path):
     module = compiled(jax.grad(lambda x, w: nested(x, w).sum()), jnp.ones((16, 24)), jnp.ones((5, 24, 24)))  # fmt: skip  # noqa: E501
-    trips, _ = hlo.trip_counts(module)
+    trips, _ = loops.trip_counts(module)
     machine = simulator.Machine(peak_flops=1e9, hbm_bandwidth=1e9, link_rate=lambda _: 1e9)
     simulated = simulator.Simulator(module, machine, trips)
     bodies = simulated.layer_bodies()

@@ -12,7 +12,9 @@ import sys
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import load_preset
@@ -20,17 +22,20 @@ from dsv3_jax import hardware
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.interconnect import HostMesh, TorusMesh, lay_out
+from dsv3_jax.layer_scan import kept_by
+from dsv3_jax.model.deepseek import abstract_model, positions_of
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
+from dsv3_jax.params import all_gather_params, param_specs, quantize_params
 from dsv3_jax.plan import __main__ as command
 from dsv3_jax.plan.bill import report_bill
-from dsv3_jax.plan.memory import memory
+from dsv3_jax.plan.memory import layer_bytes, memory
 from dsv3_jax.plan.ranking import meshes, ranking
 from dsv3_jax.plan.report import counts, make_plan
 from dsv3_jax.plan.speed import context_bytes, exchange_bytes, flops_per_token, speed
 from dsv3_jax.schedules import with_batch
 from dsv3_jax.training.state import abstract_state, layout_of
-from sharding.mesh import AXES, MeshSpec, parse_mesh
+from sharding.mesh import AXES, REPLICATED, MeshSpec, manual_region, parse_mesh
 
 V5P = hardware.V5P
 ONE_EACH = ("--config=dsv3_671b", "--set=train.batch=1024")  # a sequence on each of 1,024 devices
@@ -102,6 +107,47 @@ def test_activation_memory_grows_with_the_batch_and_what_is_kept():
     one, two = memory(small, mesh), memory(large, mesh)
     assert two["saved"] == 2 * one["saved"] and two["layer"] == 2 * one["layer"]
     assert two["master"] == one["master"]
+
+
+def traced_bytes(config: Config, mesh: MeshSpec, moe: bool) -> int:
+    """Return the bytes of what a real layer keeps for its backward under the config's remat."""
+    layout, policy = layout_of(config, mesh), Policy.of(config.precision)
+    model = abstract_model(config.model, policy)
+    graphdef, params, rest = nnx.split(model.moe if moe else model.dense, nnx.Param, ...)
+    residuals = []
+
+    def shard(params, rest):
+        if policy.fp8:
+            params = quantize_params(params, layout)
+        params, rest = jax.tree.map(lambda x: x[0], (params, rest))
+        weights = all_gather_params(params, layout, policy.compute)
+
+        def layer(weights, x):
+            positions = positions_of(x[..., 0], layout)
+            return nnx.merge(graphdef, weights, rest)(x, positions, layout)[0]
+
+        x = jnp.zeros((1, config.train.seq_len, config.model.width), policy.compute)
+        _, pull = jax.vjp(kept_by(layer, config.parallel.remat), weights, x)
+        known = {id(leaf) for leaf in jax.tree.leaves((weights, rest))}
+        residuals.extend(leaf for leaf in jax.tree.leaves(pull) if id(leaf) not in known)
+        return jnp.zeros(())
+
+    sizes = tuple(mesh.sizes.values())
+    devices = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    specs = (param_specs(params, layout), REPLICATED)
+    jax.eval_shape(manual_region(shard, devices, specs, REPLICATED), params, rest)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
+
+
+@pytest.mark.parametrize("moe, precision", [(False, "bfloat16"), (True, "fp8")])
+def test_saved_bytes_are_those_of_a_real_layer(moe, precision):
+    """But for a few vectors, such as the frequencies of the rotary part."""
+    mesh = parse_mesh("dp16,ep64")
+    config = preset(
+        "dsv3_671b", "train.batch=1024", f"precision={precision}", "parallel.remat=report"
+    )
+    counted = layer_bytes(config, mesh, "report", moe)
+    assert traced_bytes(config, mesh, moe) == pytest.approx(counted, rel=1e-5)
 
 
 def test_flops_that_are_made():

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation of the train step, and the analysis of the compiled program."""

@@ -38,7 +38,7 @@ def mean_runs(module: Module, pipeline: Pipeline) -> dict[str, float]:
 
 
 def layer_bodies(module: Module) -> dict[str, str]:
-    """Return the loop bodies that run a layer, by what they do with it."""
+    """Return the loop bodies that run a layer, by direction."""
     parts = tick_parts(module)
     return {LAYERS[name]: module.body(part).name for name, part in parts.items() if name in LAYERS}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import rich.console
 
-from dsv3_jax.aot import hlo, memory, op_cost, pipeline, timeline
+from dsv3_jax.aot import hlo, loops, memory, op_cost, pipeline, timeline
 from dsv3_jax.aot.collectives import link_rates, mesh_axes
 from dsv3_jax.aot.compile import (
     Compilation,
@@ -91,7 +91,7 @@ def make_simulator(
     """Return the simulator of the scheduled program in `folder` on its target."""
     chip = target.chip
     module = hlo.parse(text_of(folder, HLO))
-    known, unknown = hlo.trip_counts(module)
+    known, unknown = loops.trip_counts(module)
     machine = Machine(
         peak_flops=chip.bf16_flops,
         fp8_peak_flops=chip.fp8_flops,
@@ -108,7 +108,7 @@ def make_simulator(
     return Simulator(module, machine, trips, table, frequency)
 
 
-def assumed_trips(loop: hlo.Loop) -> float:
+def assumed_trips(loop: loops.Loop) -> float:
     """Return the trips of a loop over data: 0 for extra rounds of the expert exchange, else 1.
 
     Balanced routing needs no round after the first.
@@ -117,7 +117,7 @@ def assumed_trips(loop: hlo.Loop) -> float:
 
 
 def layer_bodies(simulator: Simulator) -> dict[str, str]:
-    """Return the loop bodies that run a layer, by what they do with it."""
+    """Return the loop bodies that run a layer, by direction."""
     return pipeline.layer_bodies(simulator.module) or simulator.layer_bodies()
 
 
@@ -153,7 +153,7 @@ def make_report(
     if target.mesh.pp > 1:
         staged = pipeline.figures(simulator, pipeline_of(config, target.mesh))
         seconds = staged["step_seconds"]
-    _, unknown = hlo.trip_counts(module)
+    _, unknown = loops.trip_counts(module)
     return {
         "config": config.name,
         "mesh": str(target.mesh),

@@ -137,7 +137,7 @@ class Simulator:
     """Simulates the computations of a module on a machine, each once.
 
     Args:
-        trips: of every loop, by name (`hlo.trip_counts`, and guesses for the rest).
+        trips: of every loop, by name (`loops.trip_counts`, and guesses for the rest).
         kernels: FLOPs of custom kernels.
         branch_frequency: by name of a conditional, the part of its runs in which the slowest
             branch is taken; 1 if absent.

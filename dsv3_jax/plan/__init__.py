@@ -1,0 +1,1 @@
+"""The planner: counts, memory, speed and cost of a run on paper."""

@@ -11,31 +11,31 @@ from dsv3_jax.schedules import BatchSizes, bias_update_speed, learning_rate, mtp
 class Phase(NamedTuple):
     """A range of tokens within which no schedule has a kink."""
 
-    start: float  # tokens seen
+    start: float  # in tokens
     stop: float
-    batch: int  # sequences a step
-    first_rate: float  # learning rates
-    last_rate: float
+    batch: int  # sequences per step
+    first_lr: float  # learning rates
+    last_lr: float
     mtp_weight: float  # lambda
-    bias_rate: float  # gamma
+    bias_update_speed: float  # gamma
 
 
 def phases(config: Config) -> list[Phase]:
     """Return the phases of the whole run."""
     optimizer, losses, sizes = config.optimizer, config.losses, BatchSizes.of(config.train)
 
-    def seen(step: int) -> float:
+    def tokens_before(step: int) -> float:
         return float(sizes.sequences(step) * config.train.seq_len)
 
     changes = {
-        *map(seen, sizes.starts),
-        seen(optimizer.warmup_steps),
+        *map(tokens_before, sizes.starts),
+        tokens_before(optimizer.warmup_steps),
         optimizer.constant_tokens,
         optimizer.constant_tokens + optimizer.decay_tokens,
         optimizer.tail_tokens,
         losses.mtp_late_tokens,
         losses.bias_stop_tokens,
-        total := seen(config.train.steps),
+        total := tokens_before(config.train.steps),
     }
     bounds = sorted(tokens for tokens in changes if tokens <= total)
     found = []

@@ -63,10 +63,10 @@ def recipe(plan: dict) -> rich.table.Table:
             f"{phase['start'] / 1e9:,.1f}",
             f"{phase['stop'] / 1e9:,.1f}",
             f"{phase['batch']:,}",
-            f"{phase['first_rate']:.2e}",
-            f"{phase['last_rate']:.2e}",
+            f"{phase['first_lr']:.2e}",
+            f"{phase['last_lr']:.2e}",
             f"{phase['mtp_weight']:g}",
-            f"{phase['bias_rate']:g}",
+            f"{phase['bias_update_speed']:g}",
         ]
         for phase in plan["recipe"]
     ]
@@ -96,8 +96,8 @@ def speed(plan: dict) -> rich.table.Table:
     unit, scale = ("seconds", 1) if rows[0]["seconds"]["step"] > 0.1 else ("milliseconds", 1e3)
     kinds = list(rows[0]["seconds"])
     cells = [[f"{scale * row['seconds'][kind]:,.2f}" for kind in kinds] for row in rows]
-    ends = [[f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"] for row in rows]
-    rows = [[row["mesh"], *a, *b] for row, a, b in zip(rows, cells, ends, strict=True)]
+    rates = [[f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}"] for row in rows]
+    rows = [[row["mesh"], *a, *b] for row, a, b in zip(rows, cells, rates, strict=True)]
     return table(f"Predicted {unit}, fastest first", ["mesh", *kinds, "tokens/s", "MFU"], rows)
 
 

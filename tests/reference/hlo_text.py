@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.aot import hlo, simulator
+from dsv3_jax.aot import hlo, loops, simulator
 
 
 def module_of(entry: str, others: str = "") -> hlo.Module:
@@ -25,7 +25,7 @@ def one(entry: str, others: str = "") -> tuple[hlo.Module, hlo.Computation, hlo.
 def simulate(module: hlo.Module, trips=None, **machine) -> simulator.Simulation:
     """Run on a machine of 1 FLOP/s, 1 byte/s of HBM and 1 byte/s of link, unless given."""
     figures = dict(peak_flops=1.0, hbm_bandwidth=1.0, link_rate=lambda _: 1.0) | machine
-    known, _ = hlo.trip_counts(module)
+    known, _ = loops.trip_counts(module)
     return simulator.Simulator(module, simulator.Machine(**figures), known | (trips or {})).step()
 
 
