@@ -290,16 +290,18 @@ def test_a_program_for_real_tpus(tmp_path, monkeypatch):
     ]
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
     program = jax.jit(fn).lower(*args).compile(compiler_options=options)
-    module = hlo.parse(memory.dumped(tmp_path, "after_optimizations.txt", near="shard").read_text())
+    module = hlo.parse(
+        memory.find_dump(tmp_path, "after_optimizations.txt", near="shard").read_text()
+    )
     simulation = simulate(module)
     assert simulation.cost.flops == 3 * 2 * 256 * 512 * 512
     assert simulation.by_kind()["all-gather"]["bytes"] == 3 * 512 * 512 * 2 * 3 / 4
     assert simulation.by_kind()["all-to-all"]["count"] == 3
     found = memory.allocations(
-        memory.dumped(tmp_path, "buffer-assignment.txt", near="shard").read_text()
+        memory.find_dump(tmp_path, "buffer-assignment.txt", near="shard").read_text()
     )
     stated = program.memory_analysis()
     assert found.arguments == stated.argument_size_in_bytes
     assert found.temporaries == pytest.approx(stated.temp_size_in_bytes, rel=0.01)  # alignment
-    live = memory.dumped(tmp_path, "live-range.txt", near="shard").read_text()
+    live = memory.find_dump(tmp_path, "live-range.txt", near="shard").read_text()
     assert memory.largest_buffers(module, live)[0].at_peak

@@ -38,7 +38,7 @@ class Allocations(NamedTuple):
         return sum(self)
 
 
-def dumped(folder: Path, ending: str, near: str = "") -> Path | None:
+def find_dump(folder: Path, ending: str, near: str = "") -> Path | None:
     """Return the largest file of a dump whose name has `near` and this ending, or None."""
     files = [path for path in folder.glob(f"*{ending}") if near in path.name]
     return max(files, key=lambda path: path.stat().st_size, default=None)

@@ -79,7 +79,7 @@ def analyze(config: Config, mesh: str, topology: str, settings: Settings = Setti
                 )
         simulator = make_simulator(config, target, folder, compilation)
         report = make_report(config, target, folder, compilation, simulator)
-        path = memory.dumped(folder, HLO, near=STEP)
+        path = memory.find_dump(folder, HLO, near=STEP)
     plot = settings.plot or (settings.dump or Path()) / "aot.png"
     timeline.draw(titled_events(simulator, config, target), plot)
     return report | {"plot": str(plot), "hlo": str(path) if settings.dump else None}
@@ -136,7 +136,7 @@ def titled_events(simulator: Simulator, config: Config, target: Target) -> dict[
 
 def text_of(folder: Path, ending: str) -> str | None:
     """Return one of the compiler's texts on the step, None if it is not there."""
-    path = memory.dumped(folder, ending, near=STEP)
+    path = memory.find_dump(folder, ending, near=STEP)
     return path.read_text() if path else None
 
 
