@@ -31,7 +31,7 @@ from configs import load_preset
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.weights.hf_config import official_config
 from dsv3_jax.weights.hf_names import BIAS, SCALE, fp8_names, official_shapes
-from dsv3_jax.weights.writer import Writer
+from dsv3_jax.weights.safetensors import SafetensorsWriter
 
 SHARD_BYTES = 400 * 10**6
 
@@ -55,7 +55,7 @@ def write_checkpoint(folder: Path):
     shapes = official_shapes(config)
     fp8 = fp8_names(config)
     noise = rng.integers(0, 126, 2**26, dtype=np.uint8)  # sliced anew for each tensor
-    with Writer(folder, SHARD_BYTES) as writer:
+    with SafetensorsWriter(folder, SHARD_BYTES) as writer:
         for name, shape in track(shapes.items(), f"writing {folder}"):
             start = int(rng.integers(0, 2**20))
             values = np.resize(noise[start:], shape)

@@ -18,8 +18,8 @@ from dsv3_jax.numerics.matmul import dequantized
 from dsv3_jax.numerics.quantize import dequantize
 from dsv3_jax.serving.decode import Served, extend, prefill
 from dsv3_jax.serving.generator import Generator
-from dsv3_jax.weights.pretrained import mesh_of
-from dsv3_jax.weights.safetensors import Folder
+from dsv3_jax.weights.pretrained import as_mesh
+from dsv3_jax.weights.safetensors import SafetensorsReader
 from dsv3_jax.weights.sources import open_weights
 from sharding.layout import Layout
 from sharding.mesh import make_mesh, parse_mesh
@@ -68,7 +68,7 @@ def test_values_and_scales_are_those_of_the_files():
         if is_fp8:
             values = found[path].get_value()
             np.testing.assert_array_equal(dequantized(values, jnp.float32), plain[path][...])
-    folder = Folder(GOLDENS / CASE)
+    folder = SafetensorsReader(GOLDENS / CASE)
     n_bytes = sum(math.prod(x.shape) for x in folder.values() if x.dtype == "F8_E4M3")
     ours = sum(found[path].get_value().quantized.values.nbytes for path in kinds if kinds[path])
     assert ours == n_bytes
@@ -114,7 +114,7 @@ def test_latent_cache_in_fp8():
 
 
 def test_generates_with_both_in_fp8():
-    mesh = mesh_of(None)
+    mesh = as_mesh(None)
     prompts = golden(CASE)["input_ids"][:, :5].tolist()
     generator = Generator(load_pretrained(GOLDENS / CASE, "fp8"), mesh, fp8_cache=True)
     steps = list(generator(prompts, 3))

@@ -30,7 +30,7 @@ from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.training.state import abstract_state, layout_of
 from dsv3_jax.training.step import make_step
-from dsv3_jax.weights.hf_names import our_shapes
+from dsv3_jax.weights.hf_names import param_shapes
 from sharding.mesh import AXES, BATCH, MeshSpec, parse_mesh
 
 MESHES = {
@@ -101,7 +101,7 @@ def test_stages_of_context_extension():
     short, long = load_preset("tiny"), load_preset("tiny_long")
     longer = override(long, "train.seq_len=4096", "train.batch=1")
     for config in (long, longer):
-        assert our_shapes(config.model) == our_shapes(short.model)
+        assert param_shapes(config.model) == param_shapes(short.model)
         yarn = config.model.attention.yarn
         assert yarn.original_length == short.train.seq_len
         assert yarn.factor * yarn.original_length >= config.train.seq_len

@@ -1,4 +1,4 @@
-"""Folders that `Writer` leaves: read by the safetensors package, whole or absent."""
+"""Folders that `SafetensorsWriter` leaves: read by the safetensors package, whole or absent."""
 
 import json
 import os
@@ -10,13 +10,12 @@ import pytest
 import safetensors
 from reference.tensor_files import as_package, assert_same, package_read, tensors
 
-from dsv3_jax.weights import writer as writing
-from dsv3_jax.weights.safetensors import INDEX, Folder
-from dsv3_jax.weights.writer import Writer
+from dsv3_jax.weights import safetensors as module
+from dsv3_jax.weights.safetensors import INDEX, SafetensorsReader, SafetensorsWriter
 
 
 def write(directory, values, **options):
-    with Writer(directory, **options) as writer:
+    with SafetensorsWriter(directory, **options) as writer:
         for name, value in values.items():
             writer.add(name, value)
         writer.add_file("config.json", '{"name": "größe"}')
@@ -49,7 +48,7 @@ def test_shards_and_index(tmp_path):
             assert set(file.keys()) == named
             assert len(named) == 1 or sum(values[name].nbytes for name in named) <= 130
     assert package_read(target) == as_package(values)
-    with Folder(target) as found:
+    with SafetensorsReader(target) as found:
         for name, value in values.items():
             assert_same(found.read(name), value)
 
@@ -57,7 +56,7 @@ def test_shards_and_index(tmp_path):
 def test_strided_arrays(tmp_path):
     value = np.arange(24, dtype=np.float32).reshape(4, 6)
     write(tmp_path / "new", {"turned": value.T, "part": value[1::2, 1:3]})
-    with Folder(tmp_path / "new") as found:
+    with SafetensorsReader(tmp_path / "new") as found:
         assert_same(found.read("turned"), value.T.copy())
         assert_same(found.read("part"), value[1::2, 1:3].copy())
 
@@ -87,7 +86,10 @@ def test_shards_reach_the_disk_before_the_name(tmp_path, monkeypatch):
 
 def test_nothing_appears_before_the_end_or_after_a_crash(tmp_path):
     target = tmp_path / "new"
-    with pytest.raises(RuntimeError, match="crash"), Writer(target, shard_bytes=1) as writer:
+    with (
+        pytest.raises(RuntimeError, match="crash"),
+        SafetensorsWriter(target, shard_bytes=1) as writer,
+    ):
         writer.add("v", np.ones(3, np.float32))
         writer.add("w", np.ones(3, np.float32))
         assert not target.exists() and all(name.startswith(".") for name in os.listdir(tmp_path))
@@ -96,8 +98,11 @@ def test_nothing_appears_before_the_end_or_after_a_crash(tmp_path):
 
 
 def test_crash_while_finishing_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing.json, "dumps", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError), Writer(tmp_path / "new", shard_bytes=1) as writer:
+    monkeypatch.setattr(module.json, "dumps", lambda *a, **k: 1 / 0)
+    with (
+        pytest.raises(ZeroDivisionError),
+        SafetensorsWriter(tmp_path / "new", shard_bytes=1) as writer,
+    ):
         writer.add("v", np.ones(3, np.float32))
         writer.add("w", np.ones(3, np.float32))
     assert os.listdir(tmp_path) == []
@@ -109,7 +114,7 @@ def test_disk_full(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     message = rf"writing {target} failed: .* needs 400000 bytes, and \d+ are free"
     try:
-        with pytest.raises(OSError, match=message), Writer(target) as writer:
+        with pytest.raises(OSError, match=message), SafetensorsWriter(target) as writer:
             writer.add("w", np.ones(100_000, np.float32))
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     finally:
@@ -122,14 +127,14 @@ def test_existing_targets(tmp_path):
     write(tmp_path / "empty", tensors())
     assert package_read(tmp_path / "empty") == as_package(tensors())
     with pytest.raises(FileExistsError, match=f"{tmp_path / 'empty'} exists"):
-        Writer(tmp_path / "empty")
+        SafetensorsWriter(tmp_path / "empty")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match=f"{tmp_path / 'file'} exists"):
-        Writer(tmp_path / "file")
+        SafetensorsWriter(tmp_path / "file")
 
 
 def test_refused_additions(tmp_path):
-    with Writer(tmp_path / "new", shard_bytes=1) as writer:
+    with SafetensorsWriter(tmp_path / "new", shard_bytes=1) as writer:
         for name in ("v", "w"):
             writer.add(name, np.ones(3, np.float32))
         for name in ("v", "w"):

@@ -1,4 +1,4 @@
-"""Bad checkpoints: each is refused with its file and tensor, and no import of it begins."""
+"""Bad checkpoints: each is refused with its file and tensor, and no export of it is left."""
 
 import os
 import pickle
@@ -10,9 +10,9 @@ import safetensors.numpy
 from reference.official_weights import FIELDS, random_tensors, raw, write
 
 from dsv3_jax import load_pretrained
-from dsv3_jax.weights.convert import import_weights
 from dsv3_jax.weights.pretrained import load_model
-from dsv3_jax.weights.safetensors import Folder
+from dsv3_jax.weights.safetensors import SafetensorsReader
+from dsv3_jax.weights.save import export_weights, write_official
 from dsv3_jax.weights.sources import open_weights
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -79,7 +79,9 @@ def with_size(change: int):
 
 
 def repeat_in_a_file(folder):
-    first, second, *_ = (n for n, x in Folder(folder).items() if x.file.name == ONE and "ex" in n)
+    first, second, *_ = (
+        n for n, x in SafetensorsReader(folder).items() if x.file.name == ONE and "ex" in n
+    )
     assert len(first) == len(second)
     with_text(ONE, first, second)(folder)
 
@@ -193,7 +195,7 @@ BAD = {
 def test_bad_checkpoints(folder, bad):
     damage, message = BAD[bad]
     damage(folder)
-    for read in (load_pretrained, lambda folder: import_weights(folder, folder.parent / "new")):
+    for read in (load_pretrained, lambda folder: export_weights(folder, folder.parent / "new")):
         with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
             read(folder)
     assert list(folder.parent.iterdir()) == [folder]
@@ -207,44 +209,24 @@ def test_the_sound_one_is_read(folder):
 
 def test_a_file_that_shrinks_while_it_is_read(folder):
     source = open_weights(folder)
-    os.truncate(source.folder[NORM].file, source.folder[NORM].start + 10)
+    os.truncate(source.tensors[NORM].file, source.tensors[NORM].start + 10)
     with pytest.raises(ValueError, match=rf"{A_FILE} ends at byte \d+: it shrank"):
         load_model(source, "float32", None)
 
 
-@pytest.mark.slow
-def test_a_scale_that_turns_bad_stops_an_import_for_good(folder, monkeypatch):
-    """Found after the import began: what there is of it is refused, and goes on when repaired."""
-    source = Folder(folder)[SCALE]
-    good = TENSORS[SCALE].tobytes()
-    new = folder.parent / "new"
-
-    def overwrite(data: bytes):
-        with open(source.file, "r+b") as file:
-            file.seek(source.start)
-            file.write(data)
-
-    def begun(*arguments):
-        overwrite(np.full(2, np.nan, np.float32).tobytes())
-        return []
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dsv3_jax.weights.convert.companions", begun)
-        with pytest.raises(ValueError, match=f"{A_FILE}: tensor {SCALE} holds the scale nan"):
-            import_weights(folder, new)
-    with pytest.raises(ValueError, match=r"the import is not finished, 1 of 2 parts are missing"):
-        load_pretrained(new)
-    overwrite(good)
-    import_weights(folder, new)
-    assert load_pretrained(new).config == load_pretrained(folder).config
+def test_a_scale_that_turns_bad_ends_an_export(folder):
+    """Found after the folder was opened: nothing is left of the export."""
+    source = open_weights(folder)
+    entry = source.tensors[SCALE]
+    with open(entry.file, "r+b") as file:
+        file.seek(entry.start)
+        file.write(np.full(2, np.nan, np.float32).tobytes())
+    with pytest.raises(ValueError, match=f"{A_FILE}: tensor {SCALE} holds the scale nan"):
+        write_official(source, folder.parent / "new", "bfloat16")
+    assert list(folder.parent.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("kind", ["official", "imported"])
-def test_nothing_is_unpickled(folder, kind, monkeypatch):
-    if kind == "imported":
-        import_weights(folder, folder.parent / "new")
-        folder = folder.parent / "new"
-
+def test_nothing_is_unpickled(folder, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a pickle was read")
 

@@ -10,15 +10,16 @@ import pytest
 from flax import nnx
 from reference.goldens import GOLDENS, assert_close, golden, model_of
 from reference.official_weights import FIELDS, format_of, our_arrays, random_tensors, write
-from reference.tensor_files import assert_same
+from reference.tensor_files import assert_same, count_bytes
 
 from dsv3_jax import load_pretrained
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import named_arrays
 from dsv3_jax.weights import load
+from dsv3_jax.weights.abstract_params import LayerSlice, abstract_params, abstract_slice
 from dsv3_jax.weights.pretrained import load_model
-from dsv3_jax.weights.safetensors import Folder
-from dsv3_jax.weights.sources import Part, open_weights, wanted_arrays, wanted_part
+from dsv3_jax.weights.safetensors import SafetensorsReader
+from dsv3_jax.weights.sources import open_weights
 from sharding.layout import Layout
 from sharding.mesh import make_mesh, parse_mesh
 
@@ -38,11 +39,11 @@ def assert_all_same(got: dict, want: dict):
         assert_same(np.asarray(got[path]), value)
 
 
-def wanted_on(mesh: str, zero: int, config, dtype: str = "float32"):
+def abstract_on(mesh: str, zero: int, config, dtype: str = "float32"):
     spec = parse_mesh(mesh)
     devices = jax.devices()[: spec.n_devices]
     policy, layout = Policy(master=np.dtype(dtype)), Layout(mesh=spec, zero=zero)
-    return wanted_arrays(config, policy, make_mesh(spec, devices), layout)
+    return abstract_params(config, policy, make_mesh(spec, devices), layout)
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +115,15 @@ def test_mtp_that_is_announced_but_not_there(tmp_path, fields):
     with pytest.warns(UserWarning, match="with: .* announces 1 MTP layers, but the files hold non"):
         got = open_weights(tmp_path / "with")
     assert got.config == open_weights(tmp_path / "without").config
-    arrays = got.load(wanted_on("dp1", 0, got.config))
+    arrays = got.load(abstract_on("dp1", 0, got.config))
     assert_all_same(arrays, our_arrays(tmp_path / "without"))
 
 
 def test_layers_from_a_later_one_on(fp8_folder):
     """A stack that is asked for in part, as imports do."""
     source, want = open_weights(fp8_folder), our_arrays(fp8_folder)
-    asked = wanted_part(wanted_on("dp1", 0, source.config), Part("moe", 1))
-    got = source.load(asked, first=1)
+    asked = abstract_slice(abstract_on("dp1", 0, source.config), LayerSlice("moe", 1))
+    got = source.load(asked, first_layer=1)
     assert_all_same(got, {path: want[path][1:] for path in asked})
     assert {path.partition(".")[0] for path in got} == {"moe"}
 
@@ -146,51 +147,52 @@ def eight_experts(folder):
     ],
 )
 def test_every_mesh_holds_the_same(tmp_path_factory, mesh, starts, monkeypatch):
-    """ZeRO-3's regions cut through blocks of 128, and pieces of 128 rows through regions."""
-    monkeypatch.setattr(load, "PIECE", 1)
+    """ZeRO-3's regions cut through blocks of 128, and reads of 128 rows through regions."""
+    monkeypatch.setattr(load, "READ_BYTES", 1)
     folder, read = tmp_path_factory.getbasetemp() / "eight", []
     want = eight_experts(folder)
     source = open_weights(folder)
-    wanted = wanted_on(mesh, 3, source.config, "bfloat16")
-    got = source.load(wanted, advance=read.append)
+    abstract = abstract_on(mesh, 3, source.config, "bfloat16")
+    got = source.load(abstract, advance=read.append)
     assert got.keys() == want.keys()
     begun = set()
-    for path, like in wanted.items():
+    for path, like in abstract.items():
         assert got[path].sharding == like.sharding
         assert got[path].dtype == format_of(path, "bfloat16")
         for shard in got[path].addressable_shards:  # replicas too
             assert_same(np.asarray(shard.data), np.ascontiguousarray(want[path][shard.index]))
             begun |= {part.start for part in shard.index}
     assert starts <= begun
-    assert sum(read) == source.n_bytes(wanted)
+    assert sum(read) == source.n_bytes(abstract)
 
 
-@pytest.mark.parametrize("piece, starts", [(128 * 136, [0, 128, 256]), (256 * 136, [0, 256])])
-def test_tensors_in_pieces(tmp_path, piece, starts, monkeypatch):
-    monkeypatch.setattr(load, "PIECE", piece)
+@pytest.mark.parametrize("n_bytes, starts", [(128 * 136, [0, 128, 256]), (256 * 136, [0, 256])])
+def test_tensors_are_read_in_steps(tmp_path, n_bytes, starts, monkeypatch):
+    monkeypatch.setattr(load, "READ_BYTES", n_bytes)
     write(tmp_path, DENSE_ONLY, random_tensors(DENSE_ONLY, "F8_E4M3"))
     source = open_weights(tmp_path)
-    wanted = wanted_on("dp1", 0, source.config)
-    pieces = load._pieces(source.folder, wanted, source.config, 0)
+    abstract = abstract_on("dp1", 0, source.config)
+    reads = load._plan_reads(source.tensors, abstract, source.config, 0)
     name = "model.layers.2.mlp.up_proj.weight"
-    rows = sorted(piece.rows for piece in pieces if piece.name == name)
+    rows = sorted(read.rows for read in reads if read.name == name)
     assert rows == list(zip(starts, [*starts[1:], 280], strict=True))
-    assert_all_same(source.load(wanted), our_arrays(tmp_path))
+    assert_all_same(source.load(abstract), our_arrays(tmp_path))
 
 
-def test_a_model_on_a_mesh(fp8_folder):
+def test_a_model_on_a_mesh(fp8_folder, monkeypatch):
     """The model of one device, of which every tensor was read once, and no copy in MTP."""
     source = open_weights(fp8_folder)
+    sizes = count_bytes(monkeypatch)
     model = load_model(source, "float32", make_mesh(parse_mesh("ep4"), jax.devices()[:4]))
     assert_all_same(arrays_of(model), our_arrays(fp8_folder))
     experts, out = model.moe.ffn.gate_up[...], model.moe.attention.out.kernel[...]
     assert {shard.data.shape for shard in experts.addressable_shards} == {(2, 1, 136, 88)}
     assert {shard.data.shape for shard in out.addressable_shards} == {(2, 42, 136)}
-    copies = 2 * source.folder["model.layers.3.embed_tokens.weight"].n_bytes
-    read = source.folder.bytes_read
-    assert source.folder.n_bytes - copies <= read < source.folder.n_bytes - copies + 100
-    announced = source.n_bytes(wanted_on("dp1", 0, source.config))
-    assert announced == source.folder.n_bytes - copies - bytes_of(source.folder, "_scale_inv")
+    copies = 2 * source.tensors["model.layers.3.embed_tokens.weight"].n_bytes
+    read = sum(sizes)
+    assert source.tensors.n_bytes - copies <= read < source.tensors.n_bytes - copies + 100
+    announced = source.n_bytes(abstract_on("dp1", 0, source.config))
+    assert announced == source.tensors.n_bytes - copies - bytes_of(source.tensors, "_scale_inv")
 
 
 def test_mesh_that_does_not_divide(fp8_folder):
@@ -208,7 +210,7 @@ def test_loaded_arrays_may_be_donated(tmp_path):
     fields = DENSE_ONLY | {"intermediate_size": 512, "hidden_size": 256}  # large enough to share
     write(tmp_path, fields, random_tensors(fields))
     source = open_weights(tmp_path)
-    arrays = source.load(wanted_on("dp8", 0, source.config))
+    arrays = source.load(abstract_on("dp8", 0, source.config))
     grow = jax.jit(lambda x: jax.tree.map(lambda x: 2 * x, x), donate_argnums=0)
     grown = grow(grow(arrays))
     for path, want in our_arrays(tmp_path).items():
@@ -219,16 +221,16 @@ def test_loaded_arrays_may_be_donated(tmp_path):
 # --- what is read
 
 
-def bytes_of(folder: Folder, words: str) -> int:
+def bytes_of(folder: SafetensorsReader, words: str) -> int:
     return sum(x.n_bytes for name, x in folder.items() if words in name)
 
 
 def test_a_process_reads_its_own_experts_only(fp8_folder, monkeypatch):
     """Devices 2 and 3 of ep4, as a process that has just these."""
     source = open_weights(fp8_folder)
-    wanted = {
+    abstract = {
         path: like
-        for path, like in wanted_on("ep4", 0, source.config).items()
+        for path, like in abstract_on("ep4", 0, source.config).items()
         if path in ("moe.ffn.gate_up", "moe.ffn.down")
     }
     of_all, own, got = load._regions, set(jax.devices()[2:4]), {}
@@ -241,14 +243,15 @@ def test_a_process_reads_its_own_experts_only(fp8_folder, monkeypatch):
         return jax.numpy.zeros(())
 
     monkeypatch.setattr(load, "_regions", regions_of)
-    monkeypatch.setattr(load, "_assembled", assembled)
-    source.load(wanted)
+    monkeypatch.setattr(load, "_assemble", assembled)
+    sizes = count_bytes(monkeypatch)
+    source.load(abstract)
     needed = sum(
-        bytes_of(source.folder, f"model.layers.{layer}.mlp.experts.{expert}.")
+        bytes_of(source.tensors, f"model.layers.{layer}.mlp.experts.{expert}.")
         for layer in (1, 2)
         for expert in (2, 3)
     )
-    assert source.folder.bytes_read == needed > source.n_bytes(wanted) > 0  # scales do not count
+    assert sum(sizes) == needed > source.n_bytes(abstract) > 0  # scales do not count
     want = our_arrays(fp8_folder)
     assert len(got) == 4
     for (path, region), values in got.items():
@@ -256,7 +259,7 @@ def test_a_process_reads_its_own_experts_only(fp8_folder, monkeypatch):
 
 
 def test_an_error_amid_loading_ends_it(fp8_folder, monkeypatch):
-    whole, n_read, before = Folder.read, [], threading.active_count()
+    whole, n_read, before = SafetensorsReader.read, [], threading.active_count()
 
     def read(self, name, rows=None, columns=None):
         n_read.append(name)
@@ -265,7 +268,7 @@ def test_an_error_amid_loading_ends_it(fp8_folder, monkeypatch):
             raise OSError(f"{self[name].file}: tensor {name}: input/output error")
         return whole(self, name, rows, columns)
 
-    monkeypatch.setattr(Folder, "read", read)
+    monkeypatch.setattr(SafetensorsReader, "read", read)
     with pytest.raises(OSError, match=r"model-0000\d-of-00003.safetensors: tensor .*output error"):
         load_pretrained(fp8_folder)
     assert len(n_read) < 80  # of 140: the others were not begun

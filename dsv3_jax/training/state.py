@@ -15,7 +15,8 @@ from dsv3_jax.model.moe import BalanceBias, Redundant
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import named_arrays, param_specs
 from dsv3_jax.progress import byte_bar
-from dsv3_jax.weights.sources import Source, filled
+from dsv3_jax.weights.abstract_params import fill_state
+from dsv3_jax.weights.sources import Source
 from sharding.layout import Layout
 from sharding.mesh import MeshSpec, named_sharding
 
@@ -107,7 +108,7 @@ def state_from(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     begin = functools.partial(first_state, optimizer=optimizer)
     start = jax.jit(begin, out_shardings=shardings, donate_argnums=(0, 1))
-    return start(filled(abstract.params, arrays), filled(abstract.bias, arrays))
+    return start(fill_state(abstract.params, arrays), fill_state(abstract.bias, arrays))
 
 
 def fresh_state(

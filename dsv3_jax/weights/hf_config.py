@@ -144,16 +144,16 @@ def read_config(directory: str | Path) -> ModelConfig:
     return model_config(fields, str(path))
 
 
-def read_length(directory: str | Path) -> int:
+def read_max_length(directory: str | Path) -> int:
     """Most tokens of a text, from the config.json of a checkpoint folder."""
     path = Path(directory) / "config.json"
     fields = json.loads(path.read_bytes())
     if "max_position_embeddings" not in fields:
-        return length_of(model_config(fields, str(path)))
+        return max_length_of(model_config(fields, str(path)))
     return _value(fields, "max_position_embeddings", int, str(path))
 
 
-def length_of(config: ModelConfig) -> int:
+def max_length_of(config: ModelConfig) -> int:
     """Most tokens of a text that a model can read, where nothing but its config is known."""
     yarn = config.attention.yarn
     return round(yarn.factor * yarn.original_length) if yarn else LENGTH
@@ -207,7 +207,7 @@ def official_config(config: ModelConfig, dtype: str, fp8: bool) -> dict:
         **_write(attention, ATTENTION),
         "num_key_value_heads": attention.n_heads,
         **_write(config.moe or DENSE, MOE),
-        "max_position_embeddings": length_of(config),
+        "max_position_embeddings": max_length_of(config),
         "rope_theta": attention.rope_base,
         "rope_scaling": {"type": "yarn"} | _write(yarn, YARN) if yarn else None,
         "torch_dtype": dtype,

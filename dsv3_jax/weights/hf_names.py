@@ -16,13 +16,13 @@ from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import named_arrays
 
 BIAS = "e_score_correction_bias"  # the one tensor that is float32 in every format
-TOP = {
+OUTSIDE_LAYERS = {
     "embedding": "model.embed_tokens.weight",
     "norm.scale": "model.norm.weight",
     "head": "lm_head.weight",
 }
-# Within a layer: our path -> official names, side by side where ours is one matrix.
-LAYER = {
+# Within a layer: our path -> official names, concatenated where ours is one matrix.
+IN_LAYER = {
     "attention_norm.scale": ("input_layernorm.weight",),
     "ffn_norm.scale": ("post_attention_layernorm.weight",),
     "attention.q_down.kernel": ("self_attn.q_a_proj.weight",),
@@ -48,99 +48,101 @@ LAYER = {
     "join.kernel": ("eh_proj.weight",),
     "norm.scale": ("shared_head.norm.weight",),
 }
-WIDE = ("join.kernel",)
+NOT_FP8 = ("join.kernel",)
 SCALE = "_scale_inv"  # after the name of an FP8 tensor: the name of its scales
 MTP_COPIES = {"embed_tokens.weight": "embedding", "shared_head.head.weight": "head"}
 WITHOUT_Q_RANK = {"attention.q_up.kernel": ("self_attn.q_proj.weight",)}
 
 
 def official_names(path: str, config: ModelConfig) -> np.ndarray:
-    """Names of the tensors that one of our parameters is made of.
+    """Return the names of the tensors that one of our parameters is made of.
 
     Returns:
-        Array of str [*stack parts]: stack is (), (layers,) or (layers, experts) as in our
-        parameter; parts stand side by side in its last dim.
+        Array of str [*stack tensors]: stack is (), (layers,) or (layers, experts) as in our
+        parameter; the tensors are concatenated in its last dim.
     """
-    if path in TOP:
-        return np.array([TOP[path]], dtype=object)
+    if path in OUTSIDE_LAYERS:
+        return np.array([OUTSIDE_LAYERS[path]], dtype=object)
     kind, _, inner = path.partition(".")
     first, count = {
         "dense": (0, config.n_dense),
         "moe": (config.n_dense, config.n_layers - config.n_dense),
         "mtp": (config.n_layers, config.mtp_depth),
     }[kind]
-    table = LAYER if config.attention.q_rank is not None else LAYER | WITHOUT_Q_RANK
-    parts = table[inner.removeprefix("block.")]
+    table = IN_LAYER if config.attention.q_rank is not None else IN_LAYER | WITHOUT_Q_RANK
+    tensors = table[inner.removeprefix("block.")]
     layers = [f"model.layers.{layer}." for layer in range(first, first + count)]
-    if "{e}" not in parts[0]:
-        return np.array([[layer + part for part in parts] for layer in layers], dtype=object)
+    if "{e}" not in tensors[0]:
+        return np.array([[layer + name for name in tensors] for layer in layers], dtype=object)
     experts = range(config.moe.n_experts)
-    named = [[[layer + part.format(e=e) for part in parts] for e in experts] for layer in layers]
-    return np.array(named, dtype=object)
+    names = [[[layer + name.format(e=e) for name in tensors] for e in experts] for layer in layers]
+    return np.array(names, dtype=object)
 
 
 @functools.cache
-def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter and balance bias of the model, by dotted path."""
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter and balance bias of the model, by dotted path."""
     state = nnx.state(abstract_model(config, Policy()))
     return {path: leaf.shape for path, leaf in named_arrays(state).items()}
 
 
 def official_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a checkpoint of the config holds, by name."""
+    """Return the shape of every tensor that a checkpoint of the config holds, by name."""
     shapes = {}
-    for path, whole in our_shapes(config).items():
+    for path, whole in param_shapes(config).items():
         names = official_names(path, config)
         shape = (*whole[names.ndim - 1 : -1], whole[-1] // names.shape[-1])
-        shapes |= dict.fromkeys(names.reshape(-1), shape[::-1] if is_turned(path) else shape)
+        shapes |= dict.fromkeys(names.reshape(-1), shape[::-1] if is_transposed(path) else shape)
     return shapes
 
 
-def is_turned(path: str) -> bool:
-    """Whether the official matrix is the transpose of ours: all but embedding and head."""
-    return path not in TOP
+def is_transposed(path: str) -> bool:
+    """Return whether the official matrix is the transpose of ours: all but embedding and head."""
+    return path not in OUTSIDE_LAYERS
 
 
 def is_fp8(path: str) -> bool:
-    """Whether the released files hold the parameter in FP8: the matrices of all layers.
+    """Return whether the released files hold the parameter in FP8: the matrices of all layers.
 
-    Embedding, head, norms, router and the joint of MTP stay wide (report sec. 3.3.1).
+    Embedding, head, norms, router and MTP's eh_proj are not in FP8 (report sec. 3.3.1).
     """
     inner = path.partition(".")[2].removeprefix("block.")
-    return inner not in WIDE and inner.rpartition(".")[2] in ("kernel", "gate_up", "down")
+    return inner not in NOT_FP8 and inner.rpartition(".")[2] in ("kernel", "gate_up", "down")
 
 
 def fp8_names(config: ModelConfig) -> set[str]:
-    """The tensors that the released files hold in FP8."""
-    named = (official_names(path, config) for path in our_shapes(config) if is_fp8(path))
-    return {name for names in named for name in names.reshape(-1)}
+    """Return the names of the tensors that the released files hold in FP8."""
+    arrays = (official_names(path, config) for path in param_shapes(config) if is_fp8(path))
+    return {name for names in arrays for name in names.reshape(-1)}
 
 
 def copies_in_mtp(config: ModelConfig) -> dict[str, str]:
-    """Tensors that a file may hold once more for every MTP layer -> those they repeat."""
+    """Map each tensor that files may repeat for every MTP layer to the tensor it repeats."""
     layers = range(config.n_layers, config.n_layers + config.mtp_depth)
     return {
-        f"model.layers.{layer}.{copy}": TOP[path]
+        f"model.layers.{layer}.{copy}": OUTSIDE_LAYERS[path]
         for layer in layers
         for copy, path in MTP_COPIES.items()
     }
 
 
 def to_official(
-    values: Mapping[str, np.ndarray], config: ModelConfig, first: int = 0
+    params: Mapping[str, np.ndarray], config: ModelConfig, first_layer: int = 0
 ) -> dict[str, np.ndarray]:
-    """Official tensors from values in the shape of our parameters.
+    """Return official tensors from our parameters.
 
     Args:
-        first: the layer that stacks begin with, if they are a part of the model's.
+        params: arrays by dotted path; stacks may hold a few of the model's layers.
+        first_layer: the layer of the model that stacks begin with.
     """
-    out = {}
-    for path, value in values.items():
+    tensors = {}
+    for path, value in params.items():
         names = official_names(path, config)
-        if is_turned(path):
-            names = names[first : first + len(value)]
+        if is_transposed(path):
+            names = names[first_layer : first_layer + len(value)]
         for index in np.ndindex(names.shape[:-1]):
-            parts = np.split(np.asarray(value)[index], names.shape[-1], axis=-1)
-            turned = [part.T if is_turned(path) else part for part in parts]
-            out |= dict(zip(names[index], turned, strict=True))
-    return out
+            matrices = np.split(np.asarray(value)[index], names.shape[-1], axis=-1)
+            if is_transposed(path):
+                matrices = [matrix.T for matrix in matrices]
+            tensors |= dict(zip(names[index], matrices, strict=True))
+    return tensors

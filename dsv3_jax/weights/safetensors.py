@@ -1,28 +1,37 @@
-"""A folder of safetensors files: every header checked first, then read by byte range."""
+"""Folders of safetensors files: read by byte range, and written whole or not at all.
+
+A reader checks every header before anything is read. A writer's folder appears when all its files
+are on the disk.
+"""
 
 import collections
 import contextlib
+import functools
 import io
 import json
 import math
 import mmap
 import os
-import threading
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors package
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+SHARD_BYTES = 5 * 10**9  # of the files that are written, at most
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 Range = tuple[int, int]
 
 
-class Tensor(NamedTuple):
-    """Where one tensor lies: `start` is the offset of its first byte in the file."""
+class TensorEntry(NamedTuple):
+    """Type, shape and position of one tensor; `start` is the offset of its first byte."""
 
     file: Path
     dtype: str
@@ -38,14 +47,12 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * self.numpy_dtype.itemsize
 
 
-class Folder(Mapping[str, Tensor]):
-    """The tensors of a checkpoint folder by official name; threads may read at the same time."""
+class SafetensorsReader(Mapping[str, TensorEntry]):
+    """The tensors of a folder by name; threads may read at the same time."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self.bytes_read = 0
-        self._lock = threading.Lock()
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, TensorEntry] = {}
         self._files: dict[Path, io.FileIO] = {}
         with contextlib.ExitStack() as opened:
             for path, indexed in _files_in(self.directory).items():
@@ -60,7 +67,7 @@ class Folder(Mapping[str, Tensor]):
                 self._tensors |= tensors
             self._opened = opened.pop_all()
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> TensorEntry:
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -76,7 +83,7 @@ class Folder(Mapping[str, Tensor]):
     def read(
         self, name: str, rows: Range | None = None, columns: Range | None = None
     ) -> np.ndarray:
-        """Rows [first, end) of the first dim and columns [first, end) of the last; None: all.
+        """Read rows [first, end) of the first dim and columns [first, end) of the last; None: all.
 
         Raises:
             IndexError: a range lies outside the tensor, or it has not 1 or 2 dims.
@@ -97,15 +104,13 @@ class Folder(Mapping[str, Tensor]):
             data = _read_bytes(file, start, (end - first) * stride)
         else:
             data = _read_columns(file, start, (end - first, stride), left * size, right * size)
-        with self._lock:
-            self.bytes_read += data.nbytes
         shape = shape if whole else (end - first, right - left)[: len(shape)]
         return data.view(tensor.numpy_dtype).reshape(shape)
 
     def close(self):
         self._opened.close()
 
-    def __enter__(self) -> "Folder":
+    def __enter__(self) -> "SafetensorsReader":
         return self
 
     def __exit__(self, *failure: object):
@@ -113,7 +118,7 @@ class Folder(Mapping[str, Tensor]):
 
 
 def _files_in(directory: Path) -> dict[Path, set[str]]:
-    """The safetensors files, each with the names that the index gives it (none: no index)."""
+    """Return the safetensors files with the names that the index gives each (none: no index)."""
     index = directory / INDEX
     if not index.exists():
         if files := sorted(directory.glob("*.safetensors")):
@@ -137,30 +142,30 @@ def _files_in(directory: Path) -> dict[Path, set[str]]:
     return names
 
 
-def _read_header(path: Path, file: io.FileIO) -> dict[str, Tensor]:
-    """The tensors of one file, whose header and size were found to agree."""
+def _read_header(path: Path, file: io.FileIO) -> dict[str, TensorEntry]:
+    """Return the tensors of one file; raise unless its header and its size agree."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise _damaged(path, f"has {size} bytes, and the length of the header alone takes 8")
     end = 8 + int.from_bytes(_read_bytes(file, 0, 8).tobytes(), "little")
-    if end > size or end > 8 + MAX_HEADER:
-        limits = f"the file has {size}, a header at most {MAX_HEADER}"
+    if end > size or end > 8 + MAX_HEADER_BYTES:
+        limits = f"the file has {size}, a header at most {MAX_HEADER_BYTES}"
         raise _damaged(path, f"claims a header of {end - 8} bytes; {limits}")
     header = _json_object(path, _read_bytes(file, 8, end - 8).tobytes())
     header.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, end) for name, entry in header.items()}
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].n_bytes)):
         if tensor.start != end:
-            how = "an overlap" if tensor.start < end else "a gap"
-            raise _damaged(path, f"has {name} at byte {tensor.start} instead of {end}: {how}")
+            fault = "an overlap" if tensor.start < end else "a gap"
+            raise _damaged(path, f"has {name} at byte {tensor.start} instead of {end}: {fault}")
         end += tensor.n_bytes
     if size != end:
-        how = "truncated" if size < end else "too long"
-        raise _damaged(path, f"is {how} by {abs(size - end)} bytes: it has {size}, not {end}")
+        fault = "truncated" if size < end else "too long"
+        raise _damaged(path, f"is {fault} by {abs(size - end)} bytes: it has {size}, not {end}")
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorEntry:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [first, end]} if all(
             type(n) is int and n >= 0 for n in (*shape, first, end)
@@ -171,7 +176,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
     if dtype not in DTYPES:
         known = f"only {', '.join(DTYPES)} can be read; convert the file"
         raise ValueError(f"{path} holds tensor {name} as {dtype}, and {known}")
-    tensor = Tensor(path, dtype, tuple(shape), data_start + first)
+    tensor = TensorEntry(path, dtype, tuple(shape), data_start + first)
     if end - first != tensor.n_bytes:
         needs = f"{dtype} of shape {shape} takes {tensor.n_bytes}"
         raise _damaged(path, f"gives tensor {name} {end - first} bytes, and {needs}")
@@ -209,7 +214,7 @@ def _read_bytes(file: io.FileIO, start: int, n_bytes: int) -> np.ndarray:
 def _read_columns(
     file: io.FileIO, start: int, shape: tuple[int, int], left: int, right: int
 ) -> np.ndarray:
-    """Bytes [left, right) of each row of the matrix of bytes at `start`, without the others."""
+    """Read bytes [left, right) of each row of the matrix of bytes at `start`, and no others."""
     size, end = os.fstat(file.fileno()).st_size, start + math.prod(shape)
     if size < end:  # to touch a mapped page beyond the end would kill the process
         raise _damaged(file.name, f"ends at byte {size}: it shrank since it was opened")
@@ -222,5 +227,87 @@ def _read_columns(
     return rows[:, left:right].copy().reshape(-1)
 
 
-def _damaged(path: str | Path, what: str) -> ValueError:
-    return ValueError(f"{path} {what}; download the file again")
+def _damaged(path: str | Path, damage: str) -> ValueError:
+    return ValueError(f"{path} {damage}; download the file again")
+
+
+class SafetensorsWriter:
+    """A context manager that writes tensors into a new folder, in shards, with an index.
+
+    The folder appears when the block ends; after an exception there is none.
+    """
+
+    def __init__(self, directory: str | Path, shard_bytes: int = SHARD_BYTES):
+        self.directory = path = Path(directory).resolve()
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, np.ndarray] = {}
+        self._shard_of: dict[str, int] = {}
+        self._n_shards = self._n_bytes = 0
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{path} exists and is no empty folder; name a new one")
+
+    def __enter__(self) -> "SafetensorsWriter":
+        parent = self.directory.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        self._hidden = tempfile.TemporaryDirectory(prefix=f".{self.directory.name}-", dir=parent)
+        self._folder = Path(self._hidden.name) / "new"  # readable by others, unlike the hidden one
+        self._folder.mkdir()
+        return self
+
+    def __exit__(self, *failure: object):
+        with self._hidden:
+            if failure[0] is None:
+                self._finish()
+
+    def add(self, name: str, value: np.ndarray):
+        """Write `value`, which must stay as it is until the block ends, as tensor `name`."""
+        if name in self._shard_of:
+            raise ValueError(f"tensor {name} was added to {self.directory} before")
+        if value.dtype not in map(np.dtype, DTYPES.values()):
+            raise ValueError(f"tensor {name} is {value.dtype}; cast it to one of {list(DTYPES)}")
+        n_pending = sum(other.nbytes for other in self._pending.values())
+        if self._pending and n_pending + value.nbytes > self.shard_bytes:
+            self._write_shard()
+        self._pending[name] = np.asarray(value, order="C")
+        self._shard_of[name] = self._n_shards
+
+    def add_file(self, name: str, text: str):
+        """Write a small text file, such as config.json, beside the shards."""
+        if Path(name).name != name or (self._folder / name).exists():
+            raise ValueError(f"{name!r} must be the plain name of a new file in {self.directory}")
+        self._write(name, len(text), lambda file: file.write_text(text, encoding="utf-8"))
+
+    def _write_shard(self):
+        tensors, self._pending = self._pending, {}
+        n_bytes = sum(value.nbytes for value in tensors.values())
+        save_fn = functools.partial(safetensors.numpy.save_file, tensors, metadata={"format": "pt"})
+        self._write(f"{self._n_shards}.safetensors", n_bytes, save_fn)
+        self._n_bytes += n_bytes
+        self._n_shards += 1
+
+    def _write(self, name: str, n_bytes: int, write_fn: Callable[[Path], object]):
+        file = self._folder / name
+        try:
+            write_fn(file)
+            file.chmod(self._folder.stat().st_mode & 0o666)  # the package leaves it at 0600
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        except (OSError, safetensors.SafetensorError) as error:
+            free = shutil.disk_usage(self._folder).free
+            raise OSError(
+                f"writing {self.directory} failed: {error}; {name} needs {n_bytes} bytes, and "
+                f"{free} are free there"
+            ) from error
+
+    def _finish(self):
+        self._write_shard()
+        n = self._n_shards
+        files = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+        files = files if n > 1 else ["model.safetensors"]
+        for i, file in enumerate(files):
+            (self._folder / f"{i}.safetensors").rename(self._folder / file)
+        if n > 1:
+            weight_map = {name: files[i] for name, i in self._shard_of.items()}
+            index = {"metadata": {"total_size": self._n_bytes}, "weight_map": weight_map}
+            self.add_file(INDEX, json.dumps(index, indent=2))
+        self._folder.rename(self.directory)

@@ -4,6 +4,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from dsv3_jax.weights.safetensors import SafetensorsReader
+
 
 def tensors():
     rng = np.random.default_rng(0)
@@ -25,6 +27,19 @@ def package_read(folder):
         for name, view in safetensors.deserialize(file.read_bytes()):
             found[name] = (view["dtype"], tuple(view["shape"]), bytes(view["data"]))
     return found
+
+
+def count_bytes(monkeypatch) -> list[int]:
+    """The sizes of what readers read from now on, one for each read."""
+    sizes, read = [], SafetensorsReader.read
+
+    def counting(self, name, rows=None, columns=None):
+        values = read(self, name, rows, columns)
+        sizes.append(values.nbytes)
+        return values
+
+    monkeypatch.setattr(SafetensorsReader, "read", counting)
+    return sizes
 
 
 def as_package(values):

@@ -1,9 +1,11 @@
-"""Import, verify, export: round trips to the last byte, and what is left after a failure."""
+"""Exports to the last byte, runs that start with weights, and the command line."""
 
 import dataclasses
 import json
 import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,13 +27,16 @@ from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.params import named_arrays
 from dsv3_jax.training.state import abstract_state, layout_of, state_from
+from dsv3_jax.weights import save
 from dsv3_jax.weights.__main__ import main
-from dsv3_jax.weights.convert import export_weights, import_weights, verify
-from dsv3_jax.weights.safetensors import Folder
-from dsv3_jax.weights.sources import Official, open_weights, wanted_arrays
+from dsv3_jax.weights.abstract_params import abstract_params
+from dsv3_jax.weights.safetensors import SafetensorsReader
+from dsv3_jax.weights.save import export_weights
+from dsv3_jax.weights.sources import open_weights
 from sharding.layout import Layout
 from sharding.mesh import make_mesh, parse_mesh
 
+ROOT = Path(__file__).parent.parent
 A6, B1, D1 = (GOLDENS / name for name in ("A6_sharded_bf16", "B1_fp8", "D1_mtp"))
 SMALL = FIELDS | {"q_lora_rank": None, "n_shared_experts": 0}
 
@@ -56,38 +61,19 @@ def official(tmp_path_factory):
     return write(folder, SMALL, random_tensors(SMALL), n_files=2)
 
 
-@pytest.fixture(scope="module")
-def imported(official):
-    mesh = make_mesh(parse_mesh("dp2,ep2"), jax.devices()[:4])
-    import_weights(official, official.parent / "imported", "float32", mesh)
-    return official.parent / "imported"
-
-
-@pytest.fixture(scope="module")
-def imported_fp8(tmp_path_factory):
-    """The golden with ceil blocks, in bfloat16."""
-    folder = tmp_path_factory.mktemp("convert") / "imported"
-    import_weights(B1, folder)
-    return folder
-
-
-# --- round trips
+# --- exports
 
 
 def test_bfloat16_there_and_back(tmp_path):
     """The exported files hold the source's bytes, in other shards."""
-    import_weights(A6, tmp_path / "imported")
-    export_weights(tmp_path / "imported", tmp_path / "exported", shard_bytes=400_000)
+    export_weights(A6, tmp_path / "exported", shard_bytes=400_000)
     assert_same_files(tmp_path / "exported", A6)
     assert len(list((tmp_path / "exported").glob("model-*-of-00004.safetensors"))) == 4
-    found = verify(tmp_path / "imported", tmp_path / "exported")
-    assert found == (len(Official(A6).folder), [])
 
 
-def test_fp8_there_and_back(tmp_path, imported_fp8):
-    """Codes and scales of the golden, through bfloat16 and its own scales."""
-    assert verify(imported_fp8, B1) == (len(Official(B1).folder), [])
-    export_weights(imported_fp8, tmp_path / "exported", "fp8")
+def test_fp8_there_and_back(tmp_path):
+    """FP8 values and scales of the golden, whose scales are kept."""
+    export_weights(B1, tmp_path / "exported", "fp8")
     assert_same_files(tmp_path / "exported", B1)
     fields = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert fields["quantization_config"]["weight_block_size"] == [128, 128]
@@ -100,7 +86,7 @@ def test_fp8_scales_that_no_quantiser_would_choose(tmp_path):
     tensors = with_other_scales(raw(B1))
     write(tmp_path / "fp8", json.loads((B1 / "config.json").read_text()), tensors, n_files=3)
     model = load_pretrained(tmp_path / "fp8", "bfloat16")
-    with Folder(tmp_path / "fp8") as scales:
+    with SafetensorsReader(tmp_path / "fp8") as scales:
         save_pretrained(model, tmp_path / "exported", "fp8", scales)
     assert_same_files(tmp_path / "exported", tmp_path / "fp8")
 
@@ -153,79 +139,86 @@ def test_export_adds_the_copies_in_mtp(tmp_path, official):
     assert_same_files(tmp_path / "with", official)
 
 
-@pytest.mark.slow
 def test_small_files_go_along(tmp_path, official, monkeypatch):
-    """By the command line, from folder to import to folder."""
+    """By the command line, from folder to folder."""
     shutil.copytree(official, tmp_path / "official")
     (tmp_path / "official" / "tokenizer.json").write_text('{"größe": 1}', encoding="utf-8")
     (tmp_path / "official" / "README.md").write_text("not ours to copy")
-    run(monkeypatch, "import", tmp_path / "official", tmp_path / "imported", "--dtype=float32")
-    run(monkeypatch, "export", tmp_path / "imported", tmp_path / "out", "--dtype=float32")
+    run(monkeypatch, "export", tmp_path / "official", tmp_path / "out", "--dtype=float32")
     files = {"config.json", "model.safetensors", "tokenizer.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8") == '{"größe": 1}'
     assert_same_files(tmp_path / "out", official)
 
 
-# --- verify
+def test_nothing_is_left_of_an_export_that_failed(official, tmp_path, monkeypatch):
+    model = load_pretrained(official)
+    convert, n_converted = save.to_official, []
+
+    def failing(*arguments):
+        n_converted.append(arguments)
+        if len(n_converted) == 3:
+            raise OSError("no space left")
+        return convert(*arguments)
+
+    monkeypatch.setattr(save, "to_official", failing)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="no space left"):
+        save_pretrained(model, tmp_path / "new", "float32")
+    with pytest.raises(ValueError, match="dtype='int8' must be one of float32, bfloat16, fp8"):
+        save_pretrained(model, tmp_path / "new", "int8")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def changed(folder: Path, name: str) -> Path:
-    """One byte of one tensor changes: the sign of its last number."""
-    tensor = Folder(folder)[name]
-    with open(tensor.file, "r+b") as file:
-        file.seek(tensor.start + tensor.n_bytes - 1)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 0x80]))
-    return folder
+def test_folders_with_something_else_are_left_alone(official, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{tmp_path}/mine exists and is no empty folder"):
+        export_weights(official, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
-def test_verify_finds_any_changed_number(tmp_path, official, imported):
-    """One of every kind of tensor; MTP's copies count, though they are not imported."""
-    tensors, n_tensors = Official(official).folder, len(Official(official).folder)
-    one_of_a_kind = {"".join(filter(str.isalpha, name)): name for name in tensors}
-    names = {*one_of_a_kind.values(), "model.layers.0.self_attn.o_proj.weight"}
-    copies = {"model.layers.3.embed_tokens.weight", "model.layers.3.shared_head.head.weight"}
-    assert copies < names and len(names) == 25
+# --- the command line
+
+
+def test_inspect_says_what_a_folder_holds(monkeypatch, capsys):
+    run(monkeypatch, "inspect", B1)
+    told = capsys.readouterr().out
+    assert "official" in told and "F8_E4M3" in told
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["inspect", "nowhere"], r"error: nowhere/config.json does not exist; a folder with"),
+        (
+            ["inspect", "imported"],
+            "error: imported was made by .*weights import.* /the/original: ev",
+        ),
+        (["export", "imported", "new"], "error: imported was made by .* earlier version"),
+        (["import", "official", "new"], "error: `import` is gone: .*--set init_from=FOLDER"),
+        (["verify", "new", "official", "--more"], "error: `verify` is gone: .*`inspect` checks"),
+        (["export", "nowhere", "new"], "error: nowhere/config.json does not exist"),
+        (["export", "official", "official"], "error: .*official exists and is no empty folder"),
+    ],
+)
+def test_errors_of_the_command_line(official, tmp_path, arguments, message, monkeypatch):
+    """Imports of older versions are answered with what to use, and their command as well."""
     shutil.copytree(official, tmp_path / "official")
-    for name in names:
-        changed(tmp_path / "official", name)
-    found = verify(imported, tmp_path / "official")
-    assert found.n_tensors == n_tensors and sorted(found.different) == sorted(names)
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported" / "config.json").write_text('{"imported_from": "/the/original"}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imported", "official"]
 
 
-def test_verify_finds_changed_codes_and_scales(tmp_path, imported_fp8):
-    shutil.copytree(B1, tmp_path / "fp8")
-    code, scaled = (f"model.layers.1.mlp.experts.{i}.down_proj.weight" for i in (5, 0))
-    changed(tmp_path / "fp8", code)
-    assert verify(imported_fp8, tmp_path / "fp8").different == [code]
-    changed(tmp_path / "fp8", scaled + "_scale_inv")
-    found = verify(imported_fp8, tmp_path / "fp8").different
-    assert sorted(found) == sorted([code, scaled, scaled + "_scale_inv"])
-
-
-def test_verify_by_the_command_line(tmp_path, official, imported, monkeypatch, capsys):
-    run(monkeypatch, "verify", imported, official)
-    n_tensors = len(Official(official).folder)
-    assert f"all {n_tensors} tensors are equal, bit for bit" in capsys.readouterr().out
-    shutil.copytree(official, tmp_path / "official")
-    changed(tmp_path / "official", "lm_head.weight")
-    with pytest.raises(SystemExit, match=f"1 of {n_tensors} tensors differ:\n  lm_head.weight"):
-        run(monkeypatch, "verify", imported, tmp_path / "official")
-    run(monkeypatch, "inspect", official)
-    assert "official" in capsys.readouterr().out
-
-
-def test_verify_finds_layers_that_were_left_out(official, imported, tmp_path):
-    """A checkpoint of fewer layers than its source."""
-    shutil.copytree(imported, tmp_path / "imported")
-    note = json.loads((tmp_path / "imported" / "config.json").read_text())
-    note["model"]["mtp_depth"] = 0
-    (tmp_path / "imported" / "config.json").write_text(json.dumps(note))
-    shutil.rmtree(tmp_path / "imported" / "parts" / "4")
-    found = verify(tmp_path / "imported", official).different
-    assert sorted(found) == sorted(n for n in raw(official) if n.startswith("model.layers.3."))
+def test_help_needs_no_jax():
+    """So that it comes at once."""
+    code = "import sys; sys.argv[1:] = ['--help']; import dsv3_jax.weights.__main__ as m\n"
+    code += "try: m.main()\nexcept SystemExit: print(sorted({'jax', 'orbax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "usage" in done.stdout and done.stdout.endswith("[]\n"), done.stderr
 
 
 # --- starting from weights
@@ -236,9 +229,9 @@ def as_run(model) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def start(config: Config, folder: Path):
+def start(config: Config, folder: Path, mesh: str = "dp2,ep2"):
     """The state that a run on 4 devices starts with, and what it should look like."""
-    spec = parse_mesh("dp2,ep2")
+    spec = parse_mesh(mesh)
     mesh, layout = make_mesh(spec, jax.devices()[:4]), layout_of(config, spec)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     abstract = abstract_state(config, optimizer, mesh, layout)
@@ -270,14 +263,17 @@ def workdir(official):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["imported", "workdir"])
-def test_a_run_starts_with_the_weights_of_a_folder(kind, official, request):
-    """Of our own kinds as of the official one, which the workdir here began with."""
-    config = as_run(open_weights(official).config)
-    check_start(start(config, request.getfixturevalue(kind)), official)
+def test_a_run_starts_with_the_weights_of_a_run(official, workdir):
+    """As with those of the official folder, which the workdir here began with."""
+    check_start(start(as_run(open_weights(official).config), workdir), official)
 
 
-@pytest.mark.parametrize("kind", ["official", "imported", "workdir"])
+def test_a_run_starts_with_released_fp8_weights():
+    """Straight from the folder, without a conversion of it."""
+    check_start(start(as_run(open_weights(B1).config), B1, "dp4"), B1)
+
+
+@pytest.mark.parametrize("kind", ["official", "workdir"])
 def test_model_that_does_not_fit(kind, request):
     folder = request.getfixturevalue(kind)
     model = open_weights(folder).config
@@ -292,12 +288,12 @@ def test_model_that_does_not_fit(kind, request):
         start(as_run(dataclasses.replace(model, attention=attention)), folder)
 
 
-@pytest.mark.parametrize("kind", ["official", "imported", "workdir"])
+@pytest.mark.parametrize("kind", ["official", "workdir"])
 def test_a_model_without_mtp_leaves_it_out(kind, official, request):
     source = open_weights(request.getfixturevalue(kind))
     without = dataclasses.replace(source.config, mtp_depth=0)
     mesh = make_mesh(parse_mesh("dp1"), jax.devices()[:1])
-    got = source.load(wanted_arrays(without, Policy(), mesh, Layout()))
+    got = source.load(abstract_params(without, Policy(), mesh, Layout()))
     want = {path: x for path, x in our_arrays(official).items() if not path.startswith("mtp")}
     assert got.keys() == want.keys()
     for path, value in want.items():
@@ -316,3 +312,38 @@ def test_logits_of_a_run_and_its_export(tmp_path, workdir):
     logits = nnx.jit(lambda model, tokens: (model(tokens), model.mtp_logits(tokens)))
     got, want = (logits(load_pretrained(x), tokens) for x in (tmp_path / "out", workdir))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path):
+    """Each loads what its two devices of ep4 hold, and reads no more than that."""
+    official = write(tmp_path / "official", FIELDS, random_tensors(FIELDS, "F8_E4M3"), 3)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    script = ROOT / "tests" / "reference" / "two_processes.py"
+    python = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, port, str(i), official],
+            env=os.environ | python,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    with SafetensorsReader(official) as folder:
+        for i, text in enumerate(printed):
+            needed = sum(x.n_bytes * held_by(i, name) for name, x in folder.items())
+            assert int(text.split()[-1]) == needed < 0.7 * folder.n_bytes
+
+
+def held_by(process: int, name: str) -> float:
+    """How much of a tensor the devices of a process hold."""
+    if "embed_tokens" in name or "head." in name and "norm" not in name:
+        return 0.5 if name in ("model.embed_tokens.weight", "lm_head.weight") else 0.0
+    if ".experts." in name:
+        return float(int(name.split(".")[5]) // 2 == process)
+    return 1.0
