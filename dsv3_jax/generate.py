@@ -1,4 +1,4 @@
-"""Text from a model: an official checkpoint folder, an import of one, or a workdir of train.py.
+"""Text from a model: an official checkpoint folder, or a workdir of train.py.
 
     python -m dsv3_jax.generate --weights runs/tiny --prompt "The list of"
     python -m dsv3_jax.generate --weights ~/DeepSeek-V3 --mesh=ep8 --dtype=bfloat16 --chat \\
