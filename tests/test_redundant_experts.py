@@ -10,48 +10,49 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from reference.compilations import compilations
 from reference.exchange import expert_sum, expert_sum_gradients
+from reference.expert_load import rank_load, with_homes
 from reference.routings import D, E, K, O, T, adversarial, apply_matrices, integers
 from reference.small_step import assert_same, batch_of, config_of, loss_of, parameters, placed
 
 from configs import load_preset
 from dsv3_jax.training.rebalance import Redundancy
 from dsv3_jax.training.step import loss_and_gradients
-from sharding.eplb import choose_redundant, rank_load, with_homes
+from sharding.eplb import choose_redundant
 from sharding.expert_parallel import DispatchConfig, expert_all_to_all
 from sharding.mesh import BATCH, EXPERT_AXES, MeshSpec, make_mesh, manual_region, parse_mesh
 from sharding.redundant_experts import append_redundant_experts, logical_to_physical
 
-N_EXTRA = 8
+N_REDUNDANT = 8
 EXPERTS = PartitionSpec(EXPERT_AXES)
 
 
 def placements(rng) -> dict[str, np.ndarray]:
-    """The expert in each further slot, one a rank."""
+    """The expert in each redundant slot, one a rank."""
     skewed = (1.0 / np.arange(1, E + 1)[None, :]).astype(np.float32)
     return {
-        "all the same": np.full(N_EXTRA, 5),
-        "at home": np.arange(N_EXTRA) * 3,
-        "anywhere": rng.integers(0, E, N_EXTRA),
-        "by load, one node": choose_redundant(skewed, N_EXTRA, 1, 8)[0],
-        "by load, two nodes": choose_redundant(skewed, N_EXTRA, 2, 8)[0],
+        "all the same": np.full(N_REDUNDANT, 5),
+        "at home": np.arange(N_REDUNDANT) * 3,
+        "anywhere": rng.integers(0, E, N_REDUNDANT),
+        "by load, one node": choose_redundant(skewed, N_REDUNDANT, 1, 8)[0],
+        "by load, two nodes": choose_redundant(skewed, N_REDUNDANT, 2, 8)[0],
     }
 
 
 @functools.cache
 def program(mesh_text: str):
     spec = parse_mesh(mesh_text)
-    dispatch_config = DispatchConfig(spec, E + N_EXTRA, 16, 6, spec.nodes)
+    dispatch_config = DispatchConfig(spec, E + N_REDUNDANT, 16, 6, spec.nodes)
 
-    def shard(matrices, rows, weights, ids, cotangent, extra):
-        slots = logical_to_physical(ids, extra, E, spec)
+    def shard(matrices, rows, weights, ids, cotangent, redundant):
+        physical_ids = logical_to_physical(ids, redundant, E, spec)
 
         def run(matrices, rows, weights):
             return expert_all_to_all(
                 apply_matrices,
-                append_redundant_experts(matrices, extra, spec),
+                append_redundant_experts(matrices, redundant, spec),
                 rows,
                 weights,
-                slots,
+                physical_ids,
                 dispatch_config,
             )
 
@@ -71,11 +72,11 @@ def program(mesh_text: str):
 def test_values_and_gradients_are_those_without(mesh):
     rng = np.random.default_rng(0)
     run = program(mesh)
-    for place, extra in placements(rng).items():
+    for place, redundant in placements(rng).items():
         for name, ids in list(adversarial(rng).items())[::3]:
             inputs = (integers(rng, E, O, D), integers(rng, T, D), integers(rng, T, K))
             cotangent = integers(rng, T, O)
-            *got, n_copies = run(*inputs, ids, cotangent, extra.astype(np.int32))
+            *got, n_copies = run(*inputs, ids, cotangent, redundant.astype(np.int32))
             wanted = (
                 expert_sum(*inputs, ids),
                 *expert_sum_gradients(*inputs, ids, cotangent),
@@ -86,12 +87,12 @@ def test_values_and_gradients_are_those_without(mesh):
     assert run._cache_size() == 1, "a placement is data"
 
 
-def test_slots():
+def test_logical_to_physical():
     """Replicas take turns; those outside of the node are not used; no expert stays none."""
     mesh = MeshSpec(nodes=2, ranks=2)  # experts 0..7, two a rank: slots 0 1 x, 2 3 x, ...
     ids = jnp.array([[0, 7], [0, 8], [0, 3], [0, 5], [6, 0]])
-    extra = jnp.array([1, 0, 0, 5])  # of ranks 0, 1, 2 (another node than its home), 3
-    got = logical_to_physical(ids, extra, 8, mesh)
+    redundant = jnp.array([1, 0, 0, 5])  # of ranks 0, 1, 2 (another node than its home), 3
+    got = logical_to_physical(ids, redundant, 8, mesh)
     np.testing.assert_array_equal(got, [[0, 10], [5, 12], [0, 4], [5, 11], [9, 0]])
 
 
@@ -118,9 +119,9 @@ def test_a_training_step_is_the_same_and_not_compiled_anew():
     want = jax.tree.map(np.asarray, step_with(0)(*inputs, None))
     rng = np.random.default_rng(1)
     for i in range(3):
-        extra = rng.integers(0, 8, (3, 4)).astype(np.int32)
+        redundant = rng.integers(0, 8, (3, 4)).astype(np.int32)
         with compilations() as count:
-            got = jax.tree.map(np.asarray, step_with(4)(*inputs, extra))
+            got = jax.tree.map(np.asarray, step_with(4)(*inputs, redundant))
         assert bool(count) == (i == 0)
         assert_same(got, want)
 

@@ -41,7 +41,7 @@ def over_dp(x):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_lookup(mesh):
+def test_embed(mesh):
     def shard(spec, table, ids, cotangent):
         rows, pull = jax.vjp(
             lambda table: vocab_parallel.embed(table, ids, spec, jnp.dtype("float32")), table
@@ -59,7 +59,7 @@ def test_lookup(mesh):
         np.testing.assert_array_equal(d_table, want)
 
 
-def test_lookup_in_the_compute_format():
+def test_embed_in_the_compute_format():
     run = compiled(
         "ep4",
         lambda spec, *x: vocab_parallel.embed(*x, spec, jnp.dtype("bfloat16")),
@@ -74,7 +74,7 @@ def test_lookup_in_the_compute_format():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_project(mesh):
+def test_logits(mesh):
     def shard(spec, rows, head, cotangent):
         logits, pull = jax.vjp(lambda *x: vocab_parallel.logits(*x, spec), rows, head)
         d_rows, d_head = pull(cotangent)
@@ -89,18 +89,18 @@ def test_project(mesh):
     np.testing.assert_array_equal(d_head, cotangent.T @ rows)
 
 
-@pytest.mark.parametrize("mesh, pieces", [("ep1", 4), ("ep4", 1), ("ep2x4", 3), ("dp2,ep4", 4)])
-def test_walk(mesh, pieces):
+@pytest.mark.parametrize("mesh, n_chunks", [("ep1", 4), ("ep4", 1), ("ep2x4", 3), ("dp2,ep4", 4)])
+def test_scan(mesh, n_chunks):
     """Each token id comes once, with its own row; outs are summed over the expert axes only."""
     spec = parse_mesh(mesh)
 
     def walked(rows, head):
-        def fn(carry, piece, ids):
-            scores = jnp.einsum("tD,pD->tp", rows, piece)
+        def fn(carry, chunk, ids):
+            scores = jnp.einsum("tD,pD->tp", rows, chunk)
             out = jnp.einsum("tp,tD->pD", scores, rows)
             return carry + (scores * (ids + 1)[None, :]).sum(-1), out
 
-        return scan_vocab_chunks(fn, jnp.zeros(rows.shape[0]), head, pieces, spec)
+        return scan_vocab_chunks(fn, jnp.zeros(rows.shape[0]), head, n_chunks, spec)
 
     def shard(spec, rows, head, c_carry, c_out):
         (carry, out), pull = jax.vjp(walked, rows, head)
@@ -127,10 +127,10 @@ def test_walk(mesh, pieces):
         np.testing.assert_array_equal(got, want)
 
 
-def test_walk_without_outs():
+def test_scan_without_outs():
     def shard(spec, head):
         count, out = scan_vocab_chunks(
-            lambda n, piece, ids: (n + ids.sum(), None), jnp.int32(0), head, 2, spec
+            lambda n, chunk, ids: (n + ids.sum(), None), jnp.int32(0), head, 2, spec
         )
         assert out is None
         return count[None]
@@ -141,13 +141,13 @@ def test_walk_without_outs():
 
 @pytest.mark.parametrize("mesh", ["ep1", "ep8", "ep2x4"])
 @pytest.mark.parametrize("n_local, most", [(12, 100), (12, 48), (12, 20), (13, 50), (2020, 8192)])
-def test_n_pieces(mesh, n_local, most):
+def test_n_vocab_chunks(mesh, n_local, most):
     spec = parse_mesh(mesh)
     fit = [n for n in range(1, n_local + 1) if n_local % n == 0 and n_local // n * spec.ep <= most]
     assert n_vocab_chunks(n_local, spec, most) == min(fit)
 
 
-def test_n_pieces_when_one_row_a_rank_is_too_many():
+def test_n_vocab_chunks_when_one_row_per_rank_is_too_many():
     assert n_vocab_chunks(12, parse_mesh("ep8"), 4) == 12
 
 
@@ -165,12 +165,12 @@ def share_of(name: str, rng) -> np.ndarray:
     return (weights / max(weights.sum(), 1.0)).astype(np.float32)
 
 
-@pytest.mark.parametrize("mesh, piece, n", CHUNKS)
-def test_cross_entropy(mesh, piece, n, monkeypatch):
-    """In one piece and in several, with rows that do not count, and logits up to +-200."""
+@pytest.mark.parametrize("mesh, chunk_rows, n", CHUNKS)
+def test_cross_entropy(mesh, chunk_rows, n, monkeypatch):
+    """In one chunk and in several, with rows that do not count, and logits up to +-200."""
     spec = parse_mesh(mesh)
-    monkeypatch.setattr(dsv3_jax.losses, "VOCAB_CHUNK", piece)
-    assert n_vocab_chunks(V // spec.ep, spec, piece) == n
+    monkeypatch.setattr(dsv3_jax.losses, "VOCAB_CHUNK", chunk_rows)
+    assert n_vocab_chunks(V // spec.ep, spec, chunk_rows) == n
 
     def shard(spec, rows, head, labels, share):
         def loss_fn(rows, head):
