@@ -166,7 +166,7 @@ def test_redundant_experts_make_no_node_busier(shape, seed):
 
 
 def test_redundant_experts_balance_zipf_loads():
-    """The busiest of 8 ranks has 2.4 times the mean load, with one redundant slot a rank 1.1 times."""
+    """The busiest of 8 ranks has 2.4 times the mean load, with one slot per rank 1.1 times."""
     shape = (20, 1, 8, 4, 1)
     load = zipf(20, 32)
     busiest = [x.max(-1).mean() / x.mean() for x in before_and_after(load, shape)]
