@@ -138,7 +138,7 @@ def test_param_spec_of_toys(mesh):
 
 
 def used_spec(names, sizes) -> PartitionSpec:
-    """What a layer works with: kept dims split, all else whole."""
+    """What a layer works with: model-parallel dims split, all others whole."""
     return PartitionSpec(*(EXPERT_AXES if name in MODEL_PARALLEL_AXES else None for name in names))
 
 
@@ -165,7 +165,7 @@ def test_gather_and_its_gradient(mesh, rings, n_layers):
     free = (None,) * len(stack)
     rng = np.random.default_rng(0)
     values = {k: rng.normal(size=(*stack, *s)).astype(np.float32) for k, (_, s) in TOYS.items()}
-    # one cotangent a device: of the whole array, of which a device takes its kept part
+    # one cotangent a device: of the whole array, of which a device takes its model-parallel shard
     cotangents = {
         k: rng.integers(-4, 5, (spec.n_data_shards, *v.shape)).astype(np.float32)
         for k, v in values.items()
@@ -173,7 +173,7 @@ def test_gather_and_its_gradient(mesh, rings, n_layers):
     stored = {k: PartitionSpec(*free, *layout.param_spec(*toy)) for k, toy in TOYS.items()}
     used = {k: PartitionSpec(*free, *used_spec(*toy)) for k, toy in TOYS.items()}
 
-    def kept_part(x, names):
+    def model_parallel_shard(x, names):
         for dim, name in enumerate(names):
             if name in MODEL_PARALLEL_AXES:
                 dim += len(stack)
@@ -189,7 +189,7 @@ def test_gather_and_its_gradient(mesh, rings, n_layers):
                 layout.gather_param, axes=names, global_shape=sizes, dtype=FLOAT32
             )
             full[name], pull = jax.vjp(gather, values[name])
-            (grad,) = pull(kept_part(cotangents[name][0], names))
+            (grad,) = pull(model_parallel_shard(cotangents[name][0], names))
             grads[name] = layout.psum_replicated(grad, names, sizes)
         return full, grads
 
@@ -205,13 +205,13 @@ def test_gather_and_its_gradient(mesh, rings, n_layers):
 
 
 def sum_over_users(cotangents, names, n_stack, spec):
-    """Sum over devices; of a kept dim, each part has the devices of one expert rank only."""
-    kept = [n_stack + dim for dim, name in enumerate(names) if name in MODEL_PARALLEL_AXES]
-    if not kept:
+    """Sum over devices; a shard of a model-parallel dim is used by one expert rank."""
+    dims = [n_stack + dim for dim, name in enumerate(names) if name in MODEL_PARALLEL_AXES]
+    if not dims:
         return cotangents.sum(0)
     by_rank = cotangents.reshape(spec.dp, spec.ep, *cotangents.shape[1:]).sum(0)
-    parts = [np.split(by_rank[rank], spec.ep, kept[0])[rank] for rank in range(spec.ep)]
-    return np.concatenate(parts, kept[0])
+    parts = [np.split(by_rank[rank], spec.ep, dims[0])[rank] for rank in range(spec.ep)]
+    return np.concatenate(parts, dims[0])
 
 
 def test_gather_leaves_alone_what_is_whole():

@@ -156,8 +156,8 @@ def test_cpus_have_no_rings():
     assert mesh_spec(make_mesh(parse_mesh("dp2,ep2x2"))) == parse_mesh("dp2,ep2x2")
 
 
-def test_batch_order_and_sums_in_a_region():
-    """Shares of the batch lie over dp, node and rank, the last fastest; sums go over all three."""
+def test_batch_order_and_sums_in_the_manual_region():
+    """Shards of the batch lie over dp, node and rank, the last fastest; sums go over all three."""
     mesh = make_mesh(parse_mesh("dp2,ep2x2"))
     axes = [jax.lax.axis_index] * 3
 
@@ -171,7 +171,7 @@ def test_batch_order_and_sums_in_a_region():
     np.testing.assert_array_equal((total, most), [[28.0], [7.0]])
 
 
-def test_gradients_in_a_region_are_those_of_the_sum():
+def test_gradients_in_the_manual_region_are_those_of_the_sum():
     """psum transposes to psum: every device's loss depends on every device's x."""
     mesh = make_mesh(parse_mesh("dp2,ep4"))
 
@@ -253,7 +253,7 @@ def test_rows_of_a_process(text, n_processes, process, wanted):
 
 
 @pytest.mark.parametrize("held, n", [({0, 2}, 4), ({1, 2}, 4), ({0, 1, 2}, 4)])
-def test_rows_that_are_no_equal_part_are_refused(held, n):
+def test_rows_that_are_no_equal_shard_are_refused(held, n):
     with pytest.raises(ValueError, match="not one of equal parts"):
         contiguous_shard(held, n)
 
