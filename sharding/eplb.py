@@ -21,7 +21,7 @@ Source: DeepSeek-V3 report (arXiv 2412.19437), sec. 3.4; EPLB (github.com/deepse
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 
 TIE = 1 + 1e-9  # costs within this factor are equal, whatever the order of their sums
 
@@ -35,7 +35,7 @@ class ExpertPlacement(NamedTuple):
 
 
 def rebalance_experts(
-    load: Float[np.ndarray, "..."], n_replicas: int, n_groups: int, n_nodes: int, n_ranks: int
+    load: Num[np.ndarray, "..."], n_replicas: int, n_groups: int, n_nodes: int, n_ranks: int
 ) -> ExpertPlacement:
     """Replicate and place all experts, as EPLB does: in float32, but with stable sorts.
 
@@ -64,7 +64,7 @@ def rebalance_experts(
 
 
 def choose_redundant(
-    load: Float[np.ndarray, "..."], n_redundant: int, n_nodes: int, n_ranks: int
+    load: Num[np.ndarray, "..."], n_redundant: int, n_nodes: int, n_ranks: int
 ) -> Int[np.ndarray, "L R"]:
     """Choose the logical expert in each redundant slot.
 

@@ -207,12 +207,12 @@ def test_cross_entropy_scales_its_gradient():
     np.testing.assert_allclose(jax.grad(loss_fn)(rows), want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("mesh, piece, n", CHUNKS)
-def test_token_log_probs(mesh, piece, n, monkeypatch):
+@pytest.mark.parametrize("mesh, chunk_rows, n", CHUNKS)
+def test_token_log_probs(mesh, chunk_rows, n, monkeypatch):
     """Values, and gradients for a cotangent of every token, of both signs."""
     spec = parse_mesh(mesh)
-    monkeypatch.setattr(dsv3_jax.losses, "VOCAB_CHUNK", piece)
-    assert n_vocab_chunks(V // spec.ep, spec, piece) == n
+    monkeypatch.setattr(dsv3_jax.losses, "VOCAB_CHUNK", chunk_rows)
+    assert n_vocab_chunks(V // spec.ep, spec, chunk_rows) == n
 
     def shard(spec, rows, head, labels, cotangent):
         def log_probs(rows, head):
