@@ -36,8 +36,10 @@ from sharding.mesh import AXES, EXPERT_AXES, MeshSpec
 
 MODEL_PARALLEL_AXES = ("expert", "vocab_shard", "embed_shard")
 
+Axes = tuple[str, ...]
+Shape = tuple[int, ...]
 StageLayers = tuple[tuple[int, ...], ...]  # [pp S] layers of each rank; L where there is none
-Gathers = tuple[tuple[int, tuple[str, ...]], ...]  # (dim, mesh axes) to all-gather, in order
+Gathers = tuple[tuple[int, Axes], ...]  # (dim, mesh axes) to all-gather, in order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,7 @@ class Layout:
     overlap_chunks: int = 1
     context: int = 1
 
-    def param_spec(
-        self, axes: tuple[str, ...], global_shape: tuple[int, ...], n_stack_dims: int = 0
-    ) -> PartitionSpec:
+    def param_spec(self, axes: Axes, global_shape: Shape, n_stack_dims: int = 0) -> PartitionSpec:
         """Return the spec of a parameter between steps.
 
         Args:
@@ -80,11 +80,7 @@ class Layout:
         return PartitionSpec(*(None,) * n_stack_dims, *split)
 
     def gather_param(
-        self,
-        x: Shaped[Array, "..."],
-        axes: tuple[str, ...],
-        global_shape: tuple[int, ...],
-        dtype: jnp.dtype,
+        self, x: Shaped[Array, "..."], axes: Axes, global_shape: Shape, dtype: jnp.dtype
     ) -> Shaped[Array, "..."]:
         """All-gather a stored shard to the array that a layer uses, in `dtype`.
 
@@ -94,7 +90,7 @@ class Layout:
         return _gather(x, self._gathers(x, axes, global_shape), self.mesh, dtype)
 
     def grad_tap(
-        self, x: Shaped[Array, "..."], axes: tuple[str, ...], global_shape: tuple[int, ...]
+        self, x: Shaped[Array, "..."], axes: Axes, global_shape: Shape
     ) -> Shaped[Array, "..."]:
         """Return zeros of the shape that `gather_param` gives, whose only use is their gradient.
 
@@ -106,8 +102,8 @@ class Layout:
         self,
         grad: Shaped[Array, "..."],
         shard: Shaped[Array, "..."],
-        axes: tuple[str, ...],
-        global_shape: tuple[int, ...],
+        axes: Axes,
+        global_shape: Shape,
     ) -> Shaped[Array, "..."]:
         """Turn the gradient of `gather_param(shard)` into that of `shard`, in its dtype."""
         gathers = self._gathers(shard, axes, global_shape)
@@ -116,8 +112,8 @@ class Layout:
     def scatter_to_stages(
         self,
         x: Shaped[Array, "L ..."],
-        axes: tuple[str, ...],
-        global_shape: tuple[int, ...],
+        axes: Axes,
+        global_shape: Shape,
         dtype: jnp.dtype,
         layers: StageLayers,
     ) -> Shaped[Array, "S ..."]:
@@ -133,8 +129,8 @@ class Layout:
         self,
         grad: Shaped[Array, "S ..."],
         shard: Shaped[Array, "L ..."],
-        axes: tuple[str, ...],
-        global_shape: tuple[int, ...],
+        axes: Axes,
+        global_shape: Shape,
         layers: StageLayers,
     ) -> Shaped[Array, "L ..."]:
         """Turn the gradient of `scatter_to_stages(shard)` into that of `shard`.
@@ -147,9 +143,7 @@ class Layout:
         gathers = tuple((dim, _without_pp(mesh_axes)) for dim, mesh_axes in gathers)
         return _reduce_scatter(grad, gathers, self.mesh).astype(shard.dtype)
 
-    def shard_offset(
-        self, x: Shaped[Array, "..."], axes: tuple[str, ...], global_shape: tuple[int, ...]
-    ) -> tuple:
+    def shard_offset(self, x: Shaped[Array, "..."], axes: Axes, global_shape: Shape) -> tuple:
         """Return the index in each dimension of a parameter at which its stored shard begins."""
         split = _mesh_axes(self.mesh, self.zero, axes, global_shape)
         shape = x.shape[x.ndim - len(axes) :]
@@ -159,7 +153,7 @@ class Layout:
         )
 
     def pmax_amax(
-        self, amax: Shaped[Array, "..."], axes: tuple[str, ...], global_shape: tuple[int, ...]
+        self, amax: Shaped[Array, "..."], axes: Axes, global_shape: Shape
     ) -> Shaped[Array, "..."]:
         """Return the maximum over the devices that ZeRO splits a parameter over."""
         split = _mesh_axes(self.mesh, self.zero, axes, global_shape)
@@ -173,7 +167,7 @@ class Layout:
         return lax.pmax(amax, zero_axes) if zero_axes else amax
 
     def psum_replicated(
-        self, grad: Shaped[Array, "..."], axes: tuple[str, ...], global_shape: tuple[int, ...]
+        self, grad: Shaped[Array, "..."], axes: Axes, global_shape: Shape
     ) -> Shaped[Array, "..."]:
         """Sum a stored gradient over the mesh axes along which its parameter is replicated.
 
@@ -182,15 +176,13 @@ class Layout:
         replicated = self.replicated_axes(axes, global_shape)
         return lax.psum(grad, replicated) if replicated else grad
 
-    def replicated_axes(
-        self, axes: tuple[str, ...], global_shape: tuple[int, ...]
-    ) -> tuple[str, ...]:
+    def replicated_axes(self, axes: Axes, global_shape: Shape) -> Axes:
         """Return the mesh axes along which the parameter is replicated."""
         split = _mesh_axes(self.mesh, self.zero, axes, global_shape)
         used = {axis for mesh_axes in split for axis in mesh_axes or ()}
         return tuple(axis for axis in AXES if axis not in used and self.mesh.size(axis) > 1)
 
-    def _gathers(self, x: jax.Array, axes: tuple, global_shape: tuple) -> Gathers:
+    def _gathers(self, x: jax.Array, axes: Axes, global_shape: Shape) -> Gathers:
         """Return the dimensions of a shard to all-gather; not those that are whole already."""
         n_stack_dims = x.ndim - len(axes)
         split = _mesh_axes(self.mesh, self.zero, axes, global_shape)
@@ -208,7 +200,7 @@ ONE_DEVICE = Layout()
 
 @functools.cache
 def _mesh_axes(
-    mesh: MeshSpec, zero: int, axes: tuple, global_shape: tuple
+    mesh: MeshSpec, zero: int, axes: Axes, global_shape: Shape
 ) -> tuple[tuple[str, ...] | None, ...]:
     """Return the mesh axes of each dimension: model parallelism, then ZeRO on dims that divide."""
     split: list = [EXPERT_AXES if name in MODEL_PARALLEL_AXES else None for name in axes]
@@ -226,7 +218,7 @@ def _mesh_axes(
     return tuple(split)
 
 
-def _without_pp(mesh_axes: tuple[str, ...]) -> tuple[str, ...]:
+def _without_pp(mesh_axes: Axes) -> Axes:
     return tuple(axis for axis in mesh_axes if axis != "pp")
 
 
