@@ -280,7 +280,7 @@ def split_batch_and_sequence(index: int, n_shards: int, n_groups: int) -> tuple[
         return (index, n_shards), (0, 1)
     if n_shards % n_groups:
         raise ValueError(
-            f"{n_shards} processes cannot divide {n_groups} groups of devices with the slices of a "
+            f"{n_shards} processes cannot share {n_groups} groups of devices with the slices of a "
             f"sequence; choose parallel.context so that one is a multiple of the other"
         )
     size = n_shards // n_groups
