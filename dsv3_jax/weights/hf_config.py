@@ -1,4 +1,4 @@
-"""config.json of the official release: what every field means here, read strictly and written back.
+"""The config.json of the official release: the meaning of every field, read strictly, and written.
 
 A field is mapped onto ours (the first tables), or has one value that our formulas are right for
 (FIXED), or repeats others (DERIVED), or does not change the model's numbers (IGNORED); a field that
@@ -16,7 +16,7 @@ from pathlib import Path
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from dsv3_jax.errors import did_you_mean
 
-# Our field -> theirs.
+# Our field -> the official one.
 MODEL = {
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -54,14 +54,14 @@ YARN = {  # within rope_scaling or rope_parameters
     "mscale_all_dim": "mscale_all_dim",
 }
 DEFAULTS = {
-    "num_nextn_predict_layers": 0,  # transformers assumes 1; but who has MTP says so
+    "num_nextn_predict_layers": 0,  # transformers assumes 1, but files with MTP say so
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,  # of new weights only
     "rope_theta": 10_000.0,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
 }
-# Theirs -> the value it must have if it is there, and why; an export has these.
+# Official field -> the value it must have if it is there, and why; an export writes these.
 FIXED = {
     "model_type": ("deepseek_v3", "the architecture of this package"),
     "hidden_act": ("silu", "the gate of SwiGLU"),
@@ -71,10 +71,10 @@ FIXED = {
     "attention_bias": (False, "no projection has a bias"),
     "attention_dropout": (0.0, "there is no dropout"),
     "tie_word_embeddings": (False, "embedding and head are two arrays"),
-    "pretraining_tp": (1, "a projection is one product"),
+    "pretraining_tp": (1, "a projection is one matmul"),
     "rope_interleave": (True, "dims rotate in neighbouring pairs; null means halves there"),
 }
-FIXED_TOO = {  # as FIXED, but an export leaves them out
+FIXED_BUT_NOT_WRITTEN = {
     "mlp_bias": (False, "no projection has a bias"),
     "partial_rotary_factor": (1.0, "all of qk_rope_head_dim rotates"),
 }
@@ -83,18 +83,18 @@ FIXED_ROPE = {
     "attention_factor": (None, "the temperature follows from mscale and mscale_all_dim"),
     "truncate": (True, "YaRN's blend begins and ends at whole pairs"),
 }
-QUANTIZATION = {  # within quantization_config: how FP8 weights lie in the files
+QUANTIZATION = {  # within quantization_config: the format of FP8 weights in the files
     "quant_method": ("fp8", "the release's format"),
     "fmt": ("e4m3", "4 bits of exponent, 3 of fraction"),
     "weight_block_size": ([128, 128], "one scale a block of weights"),
-    "activation_scheme": ("dynamic", "scales of activations are found at once"),
+    "activation_scheme": ("dynamic", "activations are scaled when they are quantized"),
     "expert_dtype": ("fp8", "experts have the format of the other weights"),
 }
 # The files say themselves which tensors are FP8 and what their scales are.
 QUANTIZATION_IGNORED = set(
     "scale_fmt modules_to_not_convert modules_to_convert ignored_layers dequantize".split()
 )
-# Theirs -> what it repeats; null means "find it yourself".
+# Official field -> the fields it repeats; null leaves it to be derived.
 DERIVED = {
     "num_key_value_heads": ("num_attention_heads", lambda a: a.n_heads),
     "head_dim": ("qk_rope_head_dim", lambda a: a.rope_dim),
@@ -102,9 +102,9 @@ DERIVED = {
 }
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
 IGNORED = set(
-    # Lengths and training: ours are in the configs of data and losses.
+    # Lengths and training: these are in our configs of data and losses.
     "max_position_embeddings aux_loss_alpha seq_aux ep_size router_aux_loss_coef "
-    # Who wrote the file, and the type the weights had: every tensor says its own.
+    # The writer of the file, and the dtype of the weights, which every tensor states itself.
     "architectures auto_map transformers_version dtype torch_dtype _name_or_path name_or_path "
     "_commit_hash _attn_implementation_autoset attn_implementation experts_implementation "
     # Tokenizer and generation.
@@ -121,15 +121,15 @@ IGNORED = set(
     "cross_attention_hidden_size tie_encoder_decoder torchscript use_bfloat16 tf_legacy_loss "
     "pruned_heads".split()
 )
-KNOWN = {*MODEL.values(), *ATTENTION.values(), *MOE.values(), *FIXED, *FIXED_TOO, *DERIVED}
-KNOWN |= {*ROPE, *IGNORED, "quantization_config"}
+KNOWN = {*MODEL.values(), *ATTENTION.values(), *MOE.values(), *FIXED, *FIXED_BUT_NOT_WRITTEN}
+KNOWN |= {*DERIVED, *ROPE, *IGNORED, "quantization_config"}
 
-DENSE = MoEConfig(n_experts=1, n_shared=1, hidden=1, top_k=1)  # of a model without experts
-LENGTH = 4096  # tokens in pre-training (report sec. 4.2), where no context extension says more
+NO_EXPERTS = MoEConfig(n_experts=1, n_shared=1, hidden=1, top_k=1)  # in exports of dense models
+PRETRAINING_LENGTH = 4096  # tokens (report sec. 4.2), without context extension
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a checkpoint folder's config.json.
+    """Return the `ModelConfig` of a checkpoint folder's config.json.
 
     Raises:
         KeyError: a field is missing.
@@ -145,7 +145,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def read_max_length(directory: str | Path) -> int:
-    """Most tokens of a text, from the config.json of a checkpoint folder."""
+    """Return the most tokens of a text, from the config.json of a checkpoint folder."""
     path = Path(directory) / "config.json"
     fields = json.loads(path.read_bytes())
     if "max_position_embeddings" not in fields:
@@ -154,14 +154,14 @@ def read_max_length(directory: str | Path) -> int:
 
 
 def max_length_of(config: ModelConfig) -> int:
-    """Most tokens of a text that a model can read, where nothing but its config is known."""
+    """Return the most tokens of a text that a model can read, by its config alone."""
     yarn = config.attention.yarn
-    return round(yarn.factor * yarn.original_length) if yarn else LENGTH
+    return round(yarn.factor * yarn.original_length) if yarn else PRETRAINING_LENGTH
 
 
 def model_config(fields: typing.Any, where: str) -> ModelConfig:
-    """The `ModelConfig` that official fields describe; errors begin with `where`."""
-    _check_values(fields, FIXED | FIXED_TOO, where)
+    """Return the `ModelConfig` that official fields describe; errors begin with `where`."""
+    _check_values(fields, FIXED | FIXED_BUT_NOT_WRITTEN, where)
     _check_names(fields, KNOWN, where)
     if (quantization := fields.get("quantization_config")) is not None:
         inside = f"{where}: quantization_config"
@@ -180,7 +180,7 @@ def model_config(fields: typing.Any, where: str) -> ModelConfig:
         moe = MoEConfig(**experts) if experts else None
         config = ModelConfig(**sizes, attention=attention, moe=moe)
     except ValueError as error:
-        raise ValueError(f"{where}: {_in_their_names(str(error))}") from error
+        raise ValueError(f"{where}: {_with_official_names(str(error))}") from error
     for name, (meaning, derive) in DERIVED.items():
         if fields.get(name) not in (None, derive(attention)):
             raise ValueError(
@@ -190,10 +190,10 @@ def model_config(fields: typing.Any, where: str) -> ModelConfig:
 
 
 def official_config(config: ModelConfig, dtype: str, fp8: bool) -> dict:
-    """The fields of config.json for an export: `model_config` reads `config` back from them.
+    """Return the fields of config.json for an export; `model_config` reads `config` from them.
 
     Args:
-        dtype: of the weights, or under `fp8` of those that stay wide.
+        dtype: of the weights, or with `fp8` of those that are not FP8.
         fp8: whether the projections are E4M3 blocks with scales, as in the release.
 
     Raises:
@@ -206,7 +206,7 @@ def official_config(config: ModelConfig, dtype: str, fp8: bool) -> dict:
         **_write(config, MODEL),
         **_write(attention, ATTENTION),
         "num_key_value_heads": attention.n_heads,
-        **_write(config.moe or DENSE, MOE),
+        **_write(config.moe or NO_EXPERTS, MOE),
         "max_position_embeddings": max_length_of(config),
         "rope_theta": attention.rope_base,
         "rope_scaling": {"type": "yarn"} | _write(yarn, YARN) if yarn else None,
@@ -221,17 +221,17 @@ def official_config(config: ModelConfig, dtype: str, fp8: bool) -> dict:
 
 
 def _write(config, names: Mapping[str, str]) -> dict:
-    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
+    return {official: getattr(config, ours) for ours, official in names.items()}
 
 
 def _read(kind: type, names: Mapping[str, str], fields: Mapping, where: str) -> dict:
-    """Arguments for the config class `kind`, each of the type that it is annotated with."""
+    """Return arguments for the config class `kind`, each of the type it is annotated with."""
     types = typing.get_type_hints(kind)
     return {ours: _value(fields, name, types[ours], where) for ours, name in names.items()}
 
 
 def _value(fields: Mapping, name: str, wanted, where: str):
-    """One field as `wanted`: bool, int, int | None or float."""
+    """Return one field, which must be of type `wanted`: bool, int, int | None or float."""
     if name not in fields:
         if name in DEFAULTS:
             return DEFAULTS[name]
@@ -250,8 +250,8 @@ def _value(fields: Mapping, name: str, wanted, where: str):
     return float(value) if wanted is float else value
 
 
-def _in_their_names(message: str) -> str:
-    """An error of our config classes, "moe.n_experts=7", as "n_routed_experts=7"."""
+def _with_official_names(message: str) -> str:
+    """Return an error of our config classes with official names: "n_routed_experts=7"."""
     sections = {"model": MODEL, "attention": ATTENTION, "moe": MOE, "yarn": YARN}
     return re.sub(
         r"\b(model|attention|moe|yarn)\.(\w+)", lambda m: sections[m[1]].get(m[2], m[0]), message
@@ -276,7 +276,7 @@ def _check_values(fields: typing.Any, fixed: Mapping[str, tuple], where: str):
 
 
 def _read_rope(fields: Mapping, where: str) -> tuple[float, dict | None]:
-    """Rope base and YaRN arguments, from the released spelling or transformers 5's, or both.
+    """Return rope base and YaRN arguments, from the released spelling, transformers 5's, or both.
 
     Released: rope_theta beside rope_scaling. transformers 5: all in rope_parameters.
     """
@@ -298,30 +298,31 @@ def _read_rope(fields: Mapping, where: str) -> tuple[float, dict | None]:
 
 
 def _read_yarn(rope: typing.Any, fields: Mapping, where: str) -> dict | None:
-    """YaRN's arguments from one spelling within `fields`, or None for the plain type."""
+    """Return YaRN's arguments from one spelling within `fields`; None for the default type."""
     names = {"rope_theta", "rope_type", "type"}
     _check_values(rope, FIXED_ROPE, where)
     _check_names(rope, names | {*FIXED_ROPE, *YARN.values()}, where)
-    kinds = {name: rope[name] for name in ("rope_type", "type") if name in rope}
-    kind = next(iter(kinds.values()), "default")
-    for name, value in kinds.items():
-        if value not in ("yarn", "default") or value != kind:
-            raise ValueError(f"{where}: {name}={value!r} must be 'yarn' or 'default'; got {kinds}")
-    if kind == "default":
+    types = {name: rope[name] for name in ("rope_type", "type") if name in rope}
+    rope_type = next(iter(types.values()), "default")
+    for name, value in types.items():
+        if value not in ("yarn", "default") or value != rope_type:
+            raise ValueError(f"{where}: {name}={value!r} must be 'yarn' or 'default'; got {types}")
+    if rope_type == "default":
         _check_names(rope, names | {*FIXED_ROPE}, f"{where} of type 'default'")
         return None
-    blank = {name for name in ("beta_fast", "beta_slow") if not rope.get(name)}  # as transformers
-    rope = {name: value for name, value in rope.items() if name not in blank}
+    unset = {name for name in ("beta_fast", "beta_slow") if not rope.get(name)}  # as transformers
+    rope = {name: value for name, value in rope.items() if name not in unset}
     if "max_position_embeddings" in fields:
         rope = {"original_max_position_embeddings": fields["max_position_embeddings"]} | rope
     return _read(YarnConfig, YARN, rope | _mscales(rope, where), where)
 
 
 def _mscales(rope: Mapping, where: str) -> dict:
-    """`mscale` and `mscale_all_dim` as our formula takes them.
+    """Return `mscale` and `mscale_all_dim` for our formula, where `rope` does not give both.
 
-    Without both, transformers leaves the softmax alone and turns with 0.1 ln(factor) + 1, which are
-    mscale 1 and mscale_all_dim 0. If just one is given, it differs from the released code.
+    Without both, transformers does not scale the softmax and scales the rotated dims with
+    0.1 ln(factor) + 1, which is mscale 1 and mscale_all_dim 0. If just one is given, transformers
+    differs from the released code.
     """
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if not all_dim and mscale in (None, 1):

@@ -1,7 +1,8 @@
-"""Official tensor names: the only file that knows them.
+"""Official tensor names, which no other file knows.
 
-Official matrices are [out, in], ours [in, out]; gate and up are two tensors there and one matrix
-here; an expert is a tensor there and an index here, as is a layer.
+Official matrices are [out, in], ours [in, out]. Gate and up are two official tensors and one of our
+matrices. Each expert and each layer has official tensors of its own; here they are indices of
+stacked arrays.
 """
 
 import functools

@@ -127,7 +127,7 @@ def _files_in(directory: Path) -> dict[Path, set[str]]:
         reason = f"; {pickles[0]} is a pickle file: these are not read" if pickles else ""
         raise FileNotFoundError(f"no .safetensors file in {directory}{reason}; safetensors needed")
     names: dict[Path, set[str]] = {}
-    weight_map = _json_object(index, index.read_bytes()).get("weight_map")
+    weight_map = _strict_json_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _damaged(index, "has no weight_map from tensor to file")
     for name, file in weight_map.items():
@@ -151,7 +151,7 @@ def _read_header(path: Path, file: io.FileIO) -> dict[str, TensorEntry]:
     if end > size or end > 8 + MAX_HEADER_BYTES:
         limits = f"the file has {size}, a header at most {MAX_HEADER_BYTES}"
         raise _damaged(path, f"claims a header of {end - 8} bytes; {limits}")
-    header = _json_object(path, _read_bytes(file, 8, end - 8).tobytes())
+    header = _strict_json_object(path, _read_bytes(file, 8, end - 8).tobytes())
     header.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, end) for name, entry in header.items()}
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].n_bytes)):
@@ -183,7 +183,9 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorEntr
     return tensor
 
 
-def _json_object(path: Path, text: bytes) -> dict:
+def _strict_json_object(path: Path, text: bytes) -> dict:
+    """Parse the JSON object in a file; a name that occurs twice is refused."""
+
     def without_repeats(pairs: list[tuple[str, object]]) -> dict:
         result = dict(pairs)
         if len(result) < len(pairs):
@@ -234,7 +236,7 @@ def _damaged(path: str | Path, damage: str) -> ValueError:
 class SafetensorsWriter:
     """A context manager that writes tensors into a new folder, in shards, with an index.
 
-    The folder appears when the block ends; after an exception there is none.
+    The folder appears when the `with` block ends; after an exception there is none.
     """
 
     def __init__(self, directory: str | Path, shard_bytes: int = SHARD_BYTES):
@@ -278,6 +280,7 @@ class SafetensorsWriter:
         self._write(name, len(text), lambda file: file.write_text(text, encoding="utf-8"))
 
     def _write_shard(self):
+        """Write the pending tensors as one file, whose name will count all shards."""
         tensors, self._pending = self._pending, {}
         n_bytes = sum(value.nbytes for value in tensors.values())
         save_fn = functools.partial(safetensors.numpy.save_file, tensors, metadata={"format": "pt"})
@@ -286,6 +289,7 @@ class SafetensorsWriter:
         self._n_shards += 1
 
     def _write(self, name: str, n_bytes: int, write_fn: Callable[[Path], object]):
+        """Write a file and wait until it is on the disk; an error says how much space it needs."""
         file = self._folder / name
         try:
             write_fn(file)
@@ -300,6 +304,7 @@ class SafetensorsWriter:
             ) from error
 
     def _finish(self):
+        """Write what is left and the index, give files their final names, and show the folder."""
         self._write_shard()
         n = self._n_shards
         files = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
