@@ -23,6 +23,8 @@ from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding import context_parallel, vocab_parallel
 from sharding.layout import ONE_DEVICE, Layout
 
+STACKS = ("dense", "moe", "mtp")  # attributes of the model whose arrays have a leading layer dim
+
 
 class DeepSeekV3(nnx.Module):
     """The whole model; `dense`, `moe` and `mtp` are stacked layers, None where there are none."""

@@ -17,7 +17,7 @@ from flax import nnx
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.layer_scan import KEPT_BY_REPORT
 from dsv3_jax.losses import VOCAB_CHUNK
-from dsv3_jax.model.deepseek import abstract_model
+from dsv3_jax.model.deepseek import STACKS, abstract_model
 from dsv3_jax.numerics.kernels.attention_ref import query_spans
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import E4M3, TILE
@@ -26,8 +26,6 @@ from sharding.dispatch import round_capacity
 from sharding.layout import Layout
 from sharding.mesh import AXES, MeshSpec
 from sharding.vocab_parallel import n_vocab_chunks
-
-STACKS = ("dense", "moe", "mtp")  # parts that hold layers; the others are in use all step long
 
 
 class ParamShard(NamedTuple):

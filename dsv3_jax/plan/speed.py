@@ -17,9 +17,9 @@ from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.flops import forward_flops, training_flops_per_token
 from dsv3_jax.hardware import Chip
 from dsv3_jax.interconnect import HostMesh, TorusMesh, lay_out
-from dsv3_jax.model.deepseek import abstract_model
+from dsv3_jax.model.deepseek import STACKS, abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.plan.memory import STACKS, expert_rows, param_shards, tokens_per_device, weights
+from dsv3_jax.plan.memory import expert_rows, param_shards, tokens_per_device, weights
 from dsv3_jax.training.state import layout_of
 from sharding.mesh import MeshSpec
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
+from dsv3_jax.model.deepseek import STACKS, DeepSeekV3, abstract_model
 from dsv3_jax.numerics.fp8 import Fp8Weight, Platform
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import E4M3, QuantizedTensor
@@ -19,7 +19,6 @@ from sharding.mesh import named_sharding
 
 AbstractParams = dict[str, jax.ShapeDtypeStruct]  # dotted path -> shape, dtype, sharding
 Params = dict[str, jax.Array]  # dotted path, such as "moe.attention.out.kernel" -> array
-STACKS = ("dense", "moe", "mtp")  # the parameters whose leading dim counts layers
 
 
 class LayerSlice(NamedTuple):
