@@ -123,7 +123,7 @@ def traced_bytes(config: Config, mesh: MeshSpec, moe: bool) -> int:
         weights = all_gather_params(params, layout, policy.compute)
 
         def layer(weights, x):
-            positions = positions_of(x[..., 0], layout)
+            positions = positions_of(jnp.zeros(x.shape[:2], jnp.int32), layout)
             return nnx.merge(graphdef, weights, rest)(x, positions, layout)[0]
 
         x = jnp.zeros((1, config.train.seq_len, config.model.width), policy.compute)
