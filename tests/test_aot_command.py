@@ -21,7 +21,7 @@ ARGUMENTS = ["--topology=v5p:2x2x1", "--mesh=dp*,ep2"]
 
 @pytest.fixture
 def aot(monkeypatch, capsys, tmp_path):
-    """Runs the command with a played-back compiler -> exit status, standard output."""
+    """Return a run of the command with a played-back compiler: (exit status, standard output)."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.chdir(tmp_path)
 
@@ -35,8 +35,8 @@ def aot(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_the_report(aot, tmp_path):
-    """Every figure follows from the recorded program: 3 layers, one product, one all-to-all."""
+def test_every_figure_of_the_report(aot, tmp_path):
+    """Every figure follows from the recorded program: 3 layers, one matmul, one all-to-all."""
     status, out = aot(compilers.completes, *ARGUMENTS, "--json", "--dump=texts")
     found = json.loads(out)
     assert status == 0 and found["fits"] and found["complete"]
@@ -125,7 +125,7 @@ def test_tables_and_reuse(aot):
     assert status == 0 and seconds[0] > seconds[1]
 
 
-def test_train_compiles_only(aot):
+def test_compile_only_of_train(aot):
     arguments = ["--compile-only=v5p:2x2x1", "--mesh=dp2,ep2", "--set", "train.batch=8"]
     status, out = aot(compilers.completes, *arguments, module=train)
     assert status == 0 and "tiny on v5p:2x2x1, mesh dp2,ep2 (4 devices)" in out
@@ -150,7 +150,7 @@ def test_train_compiles_only(aot):
         (["--topology=v5p:2x2x1", "--config=tinny"], "did you mean 'tiny'"),
     ],
 )
-def test_errors(aot, arguments, message):
+def test_bad_arguments_are_errors(aot, arguments, message):
     error, out = aot(compilers.dies, *arguments)
     assert error.startswith("error: ") and message in error and not out
 
@@ -165,13 +165,13 @@ def test_a_missing_compiler_says_the_pip_line(monkeypatch, topology, extra):
         analyze(config, "dp4", topology)
 
 
-def test_options():
+def test_values_of_options():
     given = {"a=true": True, "a=false": False, "a=3": 3, "a=0.5": 0.5, "a=b=c": "b=c"}
     assert {text: command.parse_option(text)[1] for text in given} == given
 
 
 def test_a_topology_that_libtpu_rejects():
-    """The real compiler's process, and its words."""
+    """The real compiler in its process, and its message."""
     pytest.importorskip("libtpu")
     config = override(load_preset("tiny"), "train.batch=105")
     with pytest.raises(ValueError, match="v5p:3x5x7: .*not divisible by"):

@@ -30,7 +30,7 @@ def test_bytes_of_dtypes(dtype, n_bytes):
     assert hlo.parse_shape(f"{dtype}[8]{{0}}").n_bytes == n_bytes
 
 
-def test_a_kernel_call_may_span_lines_and_its_claim_does_not_count():
+def test_a_kernel_call_may_span_lines_and_its_cost_estimate_does_not_count():
     text = """%p = f32[4,6]{1,0} parameter(0)
     ROOT %kernel.3 = f32[4,5]{1,0} custom-call(%p, %p), custom_call_target="tpu_custom_call",
     frontend_attributes={kernel_metadata={
@@ -46,7 +46,7 @@ def test_a_kernel_call_may_span_lines_and_its_claim_does_not_count():
     assert op_cost.unknown_kernels(module, table) == []
 
 
-def test_a_gpu_library_call_counts_its_product():
+def test_a_gpu_library_call_counts_its_matmul():
     text = """%a = f8e4m3fn[3,4,6] parameter(0)
     %b = f8e4m3fn[3,6,5] parameter(1)
     ROOT %gemm = (bf16[3,4,5], s8[99]) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"]}}}"""  # noqa: E501

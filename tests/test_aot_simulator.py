@@ -115,7 +115,7 @@ def test_a_sparse_core_call_starts_where_it_gets_operands():
     assert simulation.makespan == 64 + timed.collective.payload  # none of it beside %busy
 
 
-def test_a_ragged_exchange_sends_the_smaller_side_and_a_cut_sum_is_a_scatter():
+def test_a_ragged_all_to_all_sends_the_smaller_side_and_a_sliced_sum_is_a_scatter():
     module, computation, ragged = one("""%x = bf16[16,4] parameter(0)
     %out = bf16[64,4] parameter(1)
     %n = s32[4] parameter(2)
@@ -195,7 +195,7 @@ def test_copies_run_beside_compute_and_conditionals_take_the_slowest_branch():
     assert simulate(module_of(text, others)).makespan == 32
 
 
-def test_the_layer_and_its_picture(tmp_path):
+def test_the_longest_layer_and_its_picture(tmp_path):
     module = compiled(jax.grad(lambda x, w: nested(x, w).sum()), jnp.ones((16, 24)), jnp.ones((5, 24, 24)))  # fmt: skip  # noqa: E501
     trips, _ = loops.trip_counts(module)
     machine = simulator.Machine(peak_flops=1e9, hbm_bandwidth=1e9, link_rate=lambda _: 1e9)
@@ -258,7 +258,7 @@ def test_memory_texts():
 
 
 def test_a_program_for_real_tpus(tmp_path, monkeypatch):
-    """Compiled for 4 chips of v5p without one: all the readers agree with XLA's own figures."""
+    """Compiled for 4 chips of v5p without one: the parsers agree with XLA's own figures."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 

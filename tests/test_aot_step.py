@@ -1,4 +1,4 @@
-"""The real train step, compiled for real targets: what must be true of the 671B program.
+"""The real train step, compiled for real targets: properties of the 671B program.
 
 Every commit compiles three of its layers at full width for 16 chips, up to the schedule; the slow
 tests compile all of it for 1,024. They call the command, so that annotations are not checked at
@@ -51,14 +51,14 @@ def test_all_to_alls_are_asynchronous():
 
 
 def test_gradients_are_scattered():
-    """All that every device gets the sum of is small: norms, statistics, losses."""
+    """Only small arrays are summed on every device: norms, statistics, losses."""
     found, _ = layers_on_16()
     assert 0 < found["collectives"]["all-reduce"]["largest_bytes"] < 1e6
     assert found["collectives"]["reduce-scatter"]["largest_bytes"] > 1e8
 
 
 def test_no_device_holds_a_whole_table():
-    """Neither embedding nor head, nor a gradient of them, nor the logits of all its tokens.
+    """Not the embedding, the head, a gradient of them, or the logits of all its tokens.
 
     Sizes that come from the vocabulary are multiples of 101, a factor of 129,280 alone.
     """
@@ -107,7 +107,7 @@ def test_671b_on_1024_devices(topology, gib, exposed, mfu):
 
 @pytest.mark.slow
 def test_671b_at_128k_on_1024_devices():
-    """32 sequences over 32 ranks each; what changes into heads comes on top of rows for experts."""
+    """32 sequences over 32 ranks each; heads move in addition to rows for experts."""
     arguments = ("dp16,ep64", "v5p:8x8x16", "--set=train.batch=32", "--stop-at=schedule")
     found, _ = report("dsv3_671b_long", *arguments)
     assert found["fits"] and found["peak_bytes"] < 25 * 2**30 and not found["unknown_kernels"]
@@ -122,9 +122,9 @@ def test_671b_at_128k_on_1024_devices():
 
 @pytest.mark.slow
 def test_bytes_between_nodes():
-    """Of 4 copies a token in FP8 out and bfloat16 back: 86 KB on paper (report sec. 3.2.2, 3.3.3).
+    """4 copies per token, in FP8 out and bfloat16 back, are 86 KB (report sec. 3.2.2, 3.3.3).
 
-    Exponents, gates and ids come on top. Inside a node a token's 8 pairs travel.
+    Exponents, gates and ids come on top. Inside a node a token has 8 copies.
     """
     settings = [f"--set={assignment}" for assignment in ("train.batch=64", *SMALL[:3])]
     ragged = ("--set=parallel.transport=ragged", "--set=model.moe.n_experts=64")
@@ -139,7 +139,7 @@ def test_bytes_between_nodes():
 
 @pytest.mark.slow
 def test_a_batch_that_is_too_large():
-    """24 sequences a chip: XLA says so, and it is a result."""
+    """24 sequences per chip: XLA runs out of memory, which is a result."""
     sizes = ("train.batch=96", "model.n_layers=3", "model.n_dense=1", "model.moe.n_experts=32")
     settings = [f"--set={assignment}" for assignment in sizes]
     found, _ = report("dsv3_671b", "dp2,ep2", "v5p:2x2x1", *settings)
@@ -159,15 +159,15 @@ def test_for_gpus():
 
 @functools.cache
 def stages_on_16() -> tuple[dict, str]:
-    """16 layers at full width in 4 stages, micro-batches enough for DualPipe."""
+    """Return a report on 8 layers at full width in 4 stages, with micro-batches for DualPipe."""
     changes = ("train.batch=32", "model.n_layers=8", *(s for s in SMALL if "n_layers" not in s))
     settings = [f"--set={assignment}" for assignment in changes]
     return report("dsv3_671b", "pp4,ep4", "v5p:2x2x4", "--stop-at=schedule", *settings)
 
 
 @pytest.mark.slow
-def test_stages_hide_the_exchange_of_one_micro_batch_behind_the_other():
-    """Rows that a forward and a backward exchange, of which those alone have less beside them."""
+def test_stages_hide_the_all_to_all_of_one_micro_batch_behind_the_other():
+    """In a forward beside a backward less of the all-to-alls is exposed than in either alone."""
     found, _ = stages_on_16()
     layers = found["layers"]
     assert layers.keys() == {"forward beside backward", "forward", "backward"}
@@ -182,7 +182,7 @@ def test_stages_hide_the_exchange_of_one_micro_batch_behind_the_other():
 
 @pytest.mark.slow
 def test_stages_copy_no_buffer_of_all_micro_batches():
-    """What is kept of 5 micro-batches for their backwards changes in place."""
+    """The residuals of 5 micro-batches are updated in place."""
     found, text = stages_on_16()
     kept = rf"bf16\[5,{max(found['pipeline']['stages'])},1,4096,7168\]"
     assert re.search(kept, text)

@@ -1,14 +1,17 @@
-"""Rates of collectives on real meshes: groups by their positions, as the planner lays them out."""
+"""The time of collectives: groups by position, as the planner lays them out, links by route."""
 
+import dataclasses
 import itertools
 
 import pytest
 
 from dsv3_jax import hardware
 from dsv3_jax.aot.collectives import Collective, link_rates
-from dsv3_jax.interconnect import HostGroup, Line, TorusGroup, TorusMesh, group_at
+from dsv3_jax.interconnect import HostGroup, HostMesh, Line, TorusGroup, TorusMesh, group_at
+from sharding.mesh import MeshSpec
 
-H100, LINK = hardware.H100, hardware.V5P.ici_bandwidth
+H100, V5P = hardware.H100, hardware.V5P
+LINK = V5P.ici_bandwidth
 
 
 def grid(*sizes: int) -> list[tuple[int, ...]]:
@@ -22,9 +25,9 @@ def rate(chip, shape, positions, kind: str, members) -> float:
 
 def test_groups_on_a_torus():
     """A plane, a line across planes, and every fourth chip of a line."""
-    plane = group_at(hardware.V5P, (8, 8, 16), [(x, y, 5) for x, y in grid(8, 8)])
-    assert plane == TorusGroup(hardware.V5P, (Line(8, 1, 8), Line(8, 1, 8)))
-    strided = group_at(hardware.V5P, (8, 8, 16), [(3, 3, z) for z in (2, 6, 10, 14)])
+    plane = group_at(V5P, (8, 8, 16), [(x, y, 5) for x, y in grid(8, 8)])
+    assert plane == TorusGroup(V5P, (Line(8, 1, 8), Line(8, 1, 8)))
+    strided = group_at(V5P, (8, 8, 16), [(3, 3, z) for z in (2, 6, 10, 14)])
     assert strided.lines == (Line(4, 4, 16),)
     two_dims = group_at(hardware.V6E, (4, 4), [(x, 1, 0) for x in range(4)])
     assert two_dims.lines == (Line(4, 1, 4),)
@@ -35,7 +38,7 @@ def test_groups_on_a_torus():
     [("v5p", (8, 8, 1), 64, 16), ("v5p", (4, 4, 4), 64, 16), ("tpu7x", (8, 8, 1), 128, 8)],
 )
 def test_a_real_mesh_is_timed_as_the_planner_would(name, box, ep, dp):
-    """Boxes side by side, their devices chip after chip: both read the same lines off them."""
+    """Boxes side by side, their devices chip after chip: both find the same lines."""
     chip, shape = hardware.CHIPS[name], (8, 8, 16) if name == "v5p" else (8, 8, 8)
     corners = [range(0, size, side) for size, side in zip(shape, box, strict=True)]
     positions = [
@@ -57,7 +60,7 @@ def test_rates_by_kind():
     line = [i for i, at in enumerate(positions) if at[:2] == (0, 0)]
 
     def of(kind, members):
-        return rate(hardware.V5P, (8, 8, 16), positions, kind, members)
+        return rate(V5P, (8, 8, 16), positions, kind, members)
 
     # 64 devices: 1/64 of what each sends stays; 8/8 of a link's rate, by the longest ring
     assert of("all-to-all", plane) == pytest.approx(LINK * 63 / 64)
@@ -93,3 +96,52 @@ def test_gpu_hosts():
     assert rate(H100, (4, 8), positions, "collective-permute", (0, 8)) == pytest.approx(50e9)
     both = rate(H100, (4, 8), positions, "all-gather", range(32))  # each byte to a host once
     assert both == pytest.approx(8 * 50e9)
+
+
+def busiest_link(n: int, closes: bool) -> float:
+    """Return the rows over the busiest link of an axis when each chip sends 1/n to every chip."""
+    load = {}
+    for a, b in itertools.product(range(n), repeat=2):
+        ways = {1: (b - a) % n, -1: (a - b) % n} if closes else {1: b - a, -1: a - b}
+        shortest = min(way for way in ways.values() if way >= 0)
+        chosen = [step for step, way in ways.items() if way == shortest]
+        for step in chosen:
+            for hop in range(shortest):
+                link = (a + step * hop) % n, step
+                load[link] = load.get(link, 0) + 1 / n / len(chosen)
+    return max(load.values())
+
+
+@pytest.mark.parametrize("box, n, closes", [((8, 1, 1), 8, True), ((1, 1, 4), 4, False)])
+def test_all_to_all_on_a_torus(box, n, closes):
+    torus = TorusMesh(V5P, (8, 8, 16), box)
+    seconds = torus.group(("node", "rank")).all_to_all_seconds(1e9)
+    assert seconds == pytest.approx(busiest_link(n, closes) * 1e9 / V5P.ici_bandwidth)
+
+
+def test_gathers_on_a_torus():
+    """Rings run both ways on every axis; replicas 4 apart get a quarter of the links."""
+    torus, link = TorusMesh(V5P, (8, 8, 16), (8, 8, 1)), V5P.ici_bandwidth
+    assert torus.group(("dp", "node", "rank")).all_gather_seconds(1e9) == pytest.approx(
+        1e9 / (6 * link)
+    )
+    assert torus.group(("node", "rank")).all_gather_seconds(1e9) == pytest.approx(1e9 / (4 * link))
+    assert torus.group(("dp",)).all_gather_seconds(1e9) == pytest.approx(1e9 / (2 * link))
+    apart = TorusMesh(V5P, (8, 8, 16), (8, 8, 4))
+    assert apart.group(("dp",)).all_gather_seconds(1e9) == pytest.approx(4e9 / (2 * link))
+    two = dataclasses.replace(torus, chip=hardware.TPU7X)  # devices that share a chip's links
+    assert two.group(("rank",)).all_gather_seconds(1e9) == pytest.approx(
+        2e9 / (4 * hardware.TPU7X.ici_bandwidth)
+    )
+
+
+def test_collectives_of_gpu_hosts():
+    """Bytes between hosts use the network, the others NVLink, both at once."""
+    hosts = HostMesh(hardware.H800, 8, MeshSpec(dp=4, ranks=16))
+    assert hosts.group(("node", "rank")).all_to_all_seconds(16e9) == pytest.approx(8e9 / 50e9)
+    assert hosts.group(("dp",)).all_gather_seconds(16e9) == pytest.approx(16e9 / 50e9)
+    assert hosts.group(("dp", "node", "rank")).all_gather_seconds(16e9) == pytest.approx(
+        16e9 / 160e9
+    )
+    inside = HostMesh(hardware.H800, 8, MeshSpec(dp=8, ranks=8))
+    assert inside.group(("node", "rank")).all_to_all_seconds(8e9) == pytest.approx(7e9 / 160e9)

@@ -91,7 +91,7 @@ See https://openxla.org/xla/errors/error_1000 for more details."""
 
 
 def _leave(folder, temporaries: int, **result):
-    """The texts, in the order in which libtpu writes them."""
+    """Write the texts in the order of libtpu."""
     stem = folder / "module_0000.jit_step.cl_1.after_optimizations"
     positions = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]]
     (folder / "result.json").write_text(json.dumps({"positions": positions} | result))
@@ -116,7 +116,7 @@ def completes(config, target, folder, options):
 
 
 def schedules(config, target, folder, options):
-    """And goes on making code for longer than any test waits."""
+    """Leave the schedule, then generate code for longer than any test waits."""
     _leave(folder, 5 * GIB)
     time.sleep(600)
 

@@ -7,7 +7,7 @@ from dsv3_jax.aot import hlo, loops, simulator
 
 
 def module_of(entry: str, others: str = "") -> hlo.Module:
-    """A module of 8 partitions with these lines as its entry."""
+    """Return a module of 8 partitions with these lines as its entry."""
     lines = "\n".join(f"  {line.strip()}" for line in entry.strip().splitlines())
     return hlo.parse(
         f"HloModule test, is_scheduled=true, num_partitions=8\n\n{others}\n\n"
@@ -23,7 +23,7 @@ def one(entry: str, others: str = "") -> tuple[hlo.Module, hlo.Computation, hlo.
 
 
 def simulate(module: hlo.Module, trips=None, **machine) -> simulator.Simulation:
-    """Run on a machine of 1 FLOP/s, 1 byte/s of HBM and 1 byte/s of link, unless given."""
+    """Simulate on a machine of 1 FLOP/s, 1 byte/s of HBM and 1 byte/s of link, unless given."""
     figures = dict(peak_flops=1.0, hbm_bandwidth=1.0, link_rate=lambda _: 1.0) | machine
     known, _ = loops.trip_counts(module)
     return simulator.Simulator(module, simulator.Machine(**figures), known | (trips or {})).step()
@@ -34,7 +34,7 @@ def compiled(fn, *args) -> hlo.Module:
 
 
 def nested(x, w):
-    """5 layers of 3 products of 16 x 24 by 24 x 24, for w of 5."""
+    """Return 5 layers of 3 matmuls of 16 x 24 by 24 x 24, for w of 5."""
 
     def layer(x, w):
         return jax.lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y @ w), x), None
