@@ -25,6 +25,7 @@ from dsv3_jax import save_pretrained
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.serving.generator import Generator
+from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.training.host import with_huge_pages
 from sharding.mesh import MeshSpec, make_mesh
 
@@ -33,7 +34,7 @@ Generate = Callable[[np.ndarray, int], np.ndarray]  # prompts [B T], n -> new to
 
 def our_generate(model: DeepSeekV3) -> tuple[Generate, Callable[[int], int]]:
     """Return our side, and the bytes of its cache as a function of the batch's tokens."""
-    generator = Generator(model, make_mesh(MeshSpec(), jax.devices()[:1]))
+    generator = Generator(ModelView.take(model, make_mesh(MeshSpec(), jax.devices()[:1])))
 
     def run(prompts: np.ndarray, n: int) -> np.ndarray:
         return np.stack([step.tokens for step in generator(prompts.tolist(), n)], axis=1)

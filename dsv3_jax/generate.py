@@ -13,6 +13,7 @@ from dsv3_jax.cli import add_model_options
 from dsv3_jax.data import Prompts, TextStream, load_prompts
 from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.serving.generator import Generator, check_request
+from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.serving.sampling import Sampling
 from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
@@ -46,9 +47,8 @@ def main():
         prompts = load_prompts(source.directory)
         ids = [_ids(prompts, text, arguments.chat) for text in arguments.prompt]
         check_request(ids, arguments.max_new, source.config.vocab_size)
-        generator = Generator(
-            load_model(source, arguments.dtype, mesh), mesh, fp8_cache=arguments.fp8_cache
-        )
+        view = ModelView.take(load_model(source, arguments.dtype, mesh), mesh)
+        generator = Generator(view, fp8_cache=arguments.fp8_cache)
         stop_ids = () if arguments.ignore_eos else prompts.stop_ids
         steps = generator(ids, arguments.max_new, sampling, stop_ids, arguments.seed)
         texts = [text + "\n" * arguments.chat for text in arguments.prompt]

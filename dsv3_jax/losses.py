@@ -99,7 +99,7 @@ def next_token_loss(config: LossConfig, mtp_depth: int) -> LossFn:
         if mtp_depth:
             length, doc_start = hidden.shape[1], model_inputs(batch, 1 + mtp_depth)[1]
             shifted = jnp.stack([batch.tokens[:, k : k + length] for k in range(1, 1 + mtp_depth)])
-            mtp_hidden, stats = model.mtp_trunk(hidden, shifted, layout, remat, doc_start)
+            mtp_hidden, stats = model.mtp_hidden_states(hidden, shifted, layout, remat, doc_start)
             depths = [
                 mean_cross_entropy(model, mtp_hidden[k - 1], batch, k, counts[k], layout)
                 for k in range(1, 1 + mtp_depth)
@@ -125,7 +125,7 @@ def training_loss(
         The losses, and the statistics of all MoE layers, those of MTP last.
     """
     tokens, doc_start = model_inputs(batch, loss_fn.lookahead)
-    hidden, stats = model.trunk(tokens, layout, remat, doc_start)
+    hidden, stats = model.hidden_states(tokens, layout, remat, doc_start)
     context = loss_fn.prepare(batch, tokens_seen, layout)
     loss, terms, mtp_stats = loss_fn.from_hidden(model, hidden, batch, context, layout, remat)
     both = [part for part in (stats, mtp_stats) if part is not None]

@@ -39,6 +39,7 @@ is split (`numerics/split_backward.py`): it hands out the operands of dW instead
 the shards by `Layout.gather_from_stages`.
 """
 
+import gc
 from collections.abc import Callable
 
 import jax
@@ -237,3 +238,13 @@ def grads_from_taps(state: nnx.State, grads: nnx.State) -> nnx.State:
         return x._replace(quantized=None, tap=grad) if isinstance(x, Fp8Weight) else grad
 
     return map_params(from_tap, state, grads)
+
+
+def take_arrays(module: nnx.Module) -> dict:
+    """Move all arrays out of a module; return them by path, as their only owner.
+
+    The module can't be used any more. `nnx.map_state`, with which models are filled, leaves
+    reference cycles behind that would keep a new model's arrays alive: they are collected first.
+    """
+    gc.collect()
+    return named_arrays(nnx.pop(module, nnx.Variable))

@@ -94,7 +94,7 @@ def check(mesh: str, *settings: str):
     want = of_whole_rows(*model, "parallel.remat=none")
     chex.assert_trees_all_close(losses, want[0], rtol=2e-6, atol=0)
     np.testing.assert_array_equal(stats.load, want[1].load)
-    np.testing.assert_array_equal(stats.sent, stats.load.sum(-1))
+    np.testing.assert_array_equal(stats.n_received, stats.load.sum(-1))
     np.testing.assert_allclose(stats.balance, want[1].balance, rtol=2e-6)
     assert largest_error(grads, want[2]) <= 2e-6
 

@@ -1,11 +1,10 @@
-"""Prefill and extend equal the full forward at every place, whatever the padding and the steps.
+"""Prefill and decode steps equal the full forward everywhere, whatever the padding and the steps.
 
 Tolerance: float32 1e-5 of the largest value.
 """
 
 import dataclasses
 import functools
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +18,21 @@ from reference.cases import (
     LENGTH,
     YARN,
     assert_close,
+    attend,
     attention_weights,
     build,
+    decode_model,
     inputs,
     positions,
     with_attention,
 )
 
 from configs import load_preset
-from dsv3_jax.model.deepseek import DeepSeekV3, abstract_model
+from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.serving.decode import Cache, Served, extend, prefill
-from sharding.layout import ONE_DEVICE, Layout
+from dsv3_jax.serving.decode import Cache, DecodeModel, decode_step, prefill
+from sharding.layout import Layout
 
 N_ROWS, WIDTH, PREFIX = 3, 9, 4
 SIZE = WIDTH  # of the cache: the last token takes the last place
@@ -43,8 +44,8 @@ def fresh_model() -> DeepSeekV3:
 
 
 @functools.cache
-def served() -> Served:
-    return Served(fresh_model())
+def served() -> DecodeModel:
+    return decode_model(fresh_model())
 
 
 @nnx.jit
@@ -54,7 +55,7 @@ def first(served, tokens, start):
 
 @nnx.jit
 def further(served, tokens, cache):
-    return extend(served, tokens, cache, Layout())
+    return decode_step(served, tokens, cache, Layout())
 
 
 full = nnx.jit(lambda model, tokens: model(tokens))
@@ -141,38 +142,19 @@ def test_a_cache_says_how_far_it_is():
 
 
 def test_cache_of_the_671b_model():
-    """576 numbers a token a layer: 70,272 bytes a token in bfloat16 in its 61 layers."""
+    """576 numbers per token per layer: 70,272 bytes per token in bfloat16 in its 61 layers."""
     whole = load_preset("dsv3_671b").model
     config = dataclasses.replace(whole, n_layers=5)  # the others are as the last two
     policy = Policy(compute=jnp.dtype("bfloat16"), master=jnp.dtype("bfloat16"))
-    graphdef, state = nnx.split(abstract_model(config, policy))
+    model = nnx.eval_shape(lambda: DecodeModel(config, policy, rngs=nnx.Rngs(0)))
 
-    def run(state, tokens):
-        served = Served(nnx.merge(graphdef, state))
-        return prefill(served, tokens, jnp.zeros(2, jnp.int32), 7, Layout())[1]
+    def run(model, tokens):
+        return prefill(model, tokens, jnp.zeros(2, jnp.int32), 7, Layout())[1]
 
-    layers = jax.eval_shape(run, state, np.zeros((2, 5), np.int32)).layers
+    layers = jax.eval_shape(run, model, np.zeros((2, 5), np.int32)).layers
     assert [sum(x.shape[-1] for x in layer) for layer in layers] == [576] * 5
     n_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
     assert n_bytes / (2 * 7) / 5 * whole.n_layers == 70_272
-
-
-def test_a_stack_is_freed_before_its_layers_are_put_together(monkeypatch):
-    """Parameter by parameter, so that the model is never there twice: here but for the last one."""
-    model = fresh_model()
-    stacks = [
-        [weakref.ref(x) for x in jax.tree.leaves(nnx.state(stack))]
-        for stack in (model.dense, model.moe)
-    ]
-    merge, alive = nnx.merge, []
-
-    def counting(*parts):
-        alive.append([sum(ref() is not None for ref in stack) for stack in stacks])
-        return merge(*parts)
-
-    monkeypatch.setattr(nnx, "merge", counting)
-    Served(model)
-    assert alive == [[1, len(stacks[1])], [0, 1], [0, 1]]
 
 
 # The absorbed form of attention
@@ -189,9 +171,8 @@ def test_absorbed_equals_expanded_and_the_twin(config):
 
     @jax.jit
     def both(module, h, positions):
-        q, latents = module.queries(h, positions), module.latents(h, positions)
-        pairs = module.keys_values(latents)
-        return module.absorbed(q, latents, causal), module.expanded(q, *pairs, None, ONE_DEVICE)
+        q, latents = module.project_q(h, positions), module.compress_kv(h, positions)
+        return module.absorbed(q, latents, causal), attend(module, h, positions)
 
     h = inputs()
     absorbed, expanded = both(module, h, positions())

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from reference.cases import decode_model
 from reference.goldens import (
     CASES,
     GOLDENS,
@@ -25,7 +26,7 @@ from reference.goldens import (
     model_of,
 )
 
-from dsv3_jax.serving.decode import Cache, Served, extend, prefill
+from dsv3_jax.serving.decode import Cache, decode_step, prefill
 from sharding.layout import Layout
 
 QUICK = ("A3_noqlora_noscale",)  # the others are much like C1
@@ -52,14 +53,14 @@ def start(served, tokens):
 
 @nnx.jit
 def go_on(served, tokens, cache):
-    return extend(served, tokens, cache, Layout())
+    return decode_step(served, tokens, cache, Layout())
 
 
 @functools.cache
 def decoded(case: str, dtype: str = "float32") -> Decoded:
     """A prompt, and the tokens after it one by one."""
     prompt, following = texts(case)
-    served = Served(nnx.clone(model_of(case, dtype)))
+    served = decode_model(nnx.clone(model_of(case, dtype)))
     logits, cache = start(served, prompt)
     out = [logits]
     for j in range(following.shape[1]):

@@ -181,7 +181,8 @@ def test_unknown_task(monkeypatch):
 def test_the_command(monkeypatch, capsys):
     """All but the model, which is compiled already."""
     monkeypatch.setattr(command, "load_model", lambda source, dtype, mesh: None)
-    monkeypatch.setattr(command, "Generator", lambda model, mesh, multiple: None)
+    monkeypatch.setattr(command.ModelView, "take", lambda model, mesh: None)
+    monkeypatch.setattr(command, "Generator", lambda view, multiple: None)
     monkeypatch.setattr(command, "Scorer", lambda generator, max_length, batch: scorer())
     arguments = [
         "evaluation",

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import fp8 as reference
+from reference.cases import decode_model
 from reference.goldens import GOLDENS, golden, model_of
 
 from dsv3_jax import load_pretrained
 from dsv3_jax.numerics.fp8 import Fp8Weight
 from dsv3_jax.numerics.matmul import dequantized
 from dsv3_jax.numerics.quantize import dequantize
-from dsv3_jax.serving.decode import Served, extend, prefill
+from dsv3_jax.serving.decode import decode_step, prefill
 from dsv3_jax.serving.generator import Generator
+from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.weights.pretrained import as_mesh
 from dsv3_jax.weights.safetensors import SafetensorsReader
 from dsv3_jax.weights.sources import open_weights
@@ -36,10 +38,10 @@ def test_equals_the_official_code_with_its_fp8_products():
     length = json.loads((GOLDENS / CASE / "meta.json").read_text())["prefill_len"]
     model = load_pretrained(GOLDENS / CASE, "fp8")
     model.policy = dataclasses.replace(model.policy, compute=jnp.dtype("float32"))
-    served, tokens = Served(model), want["input_ids"]
+    served, tokens = decode_model(model), want["input_ids"]
     nobody = np.zeros(len(tokens), np.int32)
     first = jax.jit(lambda s, t: prefill(s, t, nobody, 64, Layout()), compiler_options=OPTIMIZED)
-    step = jax.jit(lambda s, t, c: extend(s, t, c, Layout()), compiler_options=OPTIMIZED)
+    step = jax.jit(lambda s, t, c: decode_step(s, t, c, Layout()), compiler_options=OPTIMIZED)
     _, cache = first(served, tokens[:, :1])
     logits, cache = step(served, tokens[:, :length], cache._replace(length=jnp.int32(0)))
     parts = [logits]
@@ -88,14 +90,14 @@ def test_a_mesh_holds_what_one_device_does():
 def test_latent_cache_in_fp8():
     """FP8 values of the latents, and logits near those with the unquantized cache; fewer bytes."""
     model = load_pretrained(GOLDENS / CASE)
-    config, served, tokens = model.config, Served(model), golden(CASE)["input_ids"]
+    config, served, tokens = model.config, decode_model(model), golden(CASE)["input_ids"]
     nobody = np.zeros(len(tokens), np.int32)
     logits, caches = [], []
     for fp8 in (False, True):
         _, cache = jax.jit(lambda s, t, fp8=fp8: prefill(s, t, nobody, 16, Layout(), fp8))(
             served, tokens[:, :8]
         )
-        further, cache = jax.jit(lambda s, t, c: extend(s, t, c, Layout()))(
+        further, cache = jax.jit(lambda s, t, c: decode_step(s, t, c, Layout()))(
             served, tokens[:, 8:12], cache
         )
         logits.append(np.asarray(further))
@@ -116,7 +118,8 @@ def test_latent_cache_in_fp8():
 def test_generates_with_both_in_fp8():
     mesh = as_mesh(None)
     prompts = golden(CASE)["input_ids"][:, :5].tolist()
-    generator = Generator(load_pretrained(GOLDENS / CASE, "fp8"), mesh, fp8_cache=True)
+    view = ModelView.take(load_pretrained(GOLDENS / CASE, "fp8"), mesh)
+    generator = Generator(view, fp8_cache=True)
     steps = list(generator(prompts, 3))
     assert len(steps) == 3 and all((step.tokens < 171).all() for step in steps)
 

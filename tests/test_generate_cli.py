@@ -82,7 +82,7 @@ def test_chat(folder, tmp_path, monkeypatch, capsys):
         asked_for.append((ids, *arguments))
         yield Step(np.array([ids_of("x")[0], ids_of("y")[0]]), np.array([False, False]))
 
-    monkeypatch.setattr(generate, "Generator", lambda model, mesh, fp8_cache: answer)
+    monkeypatch.setattr(generate, "Generator", lambda view, fp8_cache: answer)
     run(monkeypatch, *asked(weights, "--max-new=7", "--chat", "--seed=3", "--temperature=2"))
     assert capsys.readouterr().out == f"{PROMPTS[0]}\nx\n\n{PROMPTS[1]}\ny\n"
     ids = [tokenizer().encode(f"<user>{text}<answer>") for text in PROMPTS]

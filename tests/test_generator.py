@@ -13,7 +13,8 @@ from reference.compilations import compilations
 
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.serving.generator import ROOM, Generator
+from dsv3_jax.serving.generator import CACHE_MULTIPLE, Generator
+from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.serving.sampling import GREEDY, Sampling
 from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.sources import InMemory
@@ -29,7 +30,7 @@ SIZES = dataclasses.replace(
 )
 PROMPTS = ((1, 5, 9), (7, 3, 2, 8, 31, 4, 6), (12, 11, 10, 39, 2))
 DRAWN = Sampling(temperature=2.0, top_p=0.9)
-N_NEW = ROOM - max(map(len, PROMPTS))  # fills the cache to its end
+N_NEW = CACHE_MULTIPLE - max(map(len, PROMPTS))  # fills the cache to its end
 
 
 def fresh_model() -> DeepSeekV3:
@@ -40,7 +41,7 @@ def fresh_model() -> DeepSeekV3:
 def generator(mesh_text: str) -> Generator:
     spec = parse_mesh(mesh_text)
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
-    return Generator(load_model(InMemory(fresh_model()), "float32", mesh), mesh)
+    return Generator(ModelView.take(load_model(InMemory(fresh_model()), "float32", mesh), mesh))
 
 
 @functools.cache
@@ -93,10 +94,10 @@ def test_a_mesh_changes_nothing(mesh, sampling):
 
 def test_parameters_lie_where_the_programs_want_them():
     """Nothing is moved at a call: experts, embedding and head are split over the expert axes."""
-    made = generator("dp2,ep2")
-    for leaf, spec in zip(made._leaves, made._specs, strict=True):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(made.mesh, spec), leaf.ndim)
-    assert len({str(spec) for spec in made._specs}) > 2
+    view = generator("dp2,ep2").view
+    for leaf, spec in zip(view._leaves, view._specs, strict=True):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(view.mesh, spec), leaf.ndim)
+    assert len({str(spec) for spec in view._specs}) > 2
 
 
 def test_rows_end_with_a_stop_id():

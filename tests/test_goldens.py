@@ -26,7 +26,7 @@ from reference.goldens import (
 from dsv3_jax.config import LossConfig, MoEConfig
 from dsv3_jax.losses import Batch, next_token_loss, training_loss
 from dsv3_jax.model.rope import frequencies, softmax_scale
-from dsv3_jax.model.router import choose_experts
+from dsv3_jax.model.router import route_tokens
 from dsv3_jax.params import named_arrays
 from dsv3_jax.weights.hf_config import read_config
 from dsv3_jax.weights.hf_names import to_official
@@ -75,7 +75,7 @@ def test_mtp():
     want, model = golden("D1_mtp"), model_of("D1_mtp")
     tokens = want["input_ids"]
     close = functools.partial(assert_close, atol=3e-4)
-    run = nnx.jit(lambda m, x: (m(x), m.trunk(x)[0], m.mtp_logits(x)))
+    run = nnx.jit(lambda m, x: (m(x), m.hidden_states(x)[0], m.mtp_logits(x)))
     logits, hidden, mtp_logits = run(model, tokens)
     close(logits, want["main_logits"])
     close(hidden, want["main_hidden_post_norm"])
@@ -142,5 +142,5 @@ def test_router(case):
         normalize=meta["norm_topk_prob"],
     )
     scores = jax.nn.sigmoid(jnp.asarray(want[f"{case}.logits"]))
-    got = choose_experts(scores, jnp.asarray(want[f"{case}.bias"]), config)
+    got = route_tokens(scores, jnp.asarray(want[f"{case}.bias"]), config)
     check_choice(got, want, case, "ids_sorted", atol=1e-6)

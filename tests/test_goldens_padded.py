@@ -22,7 +22,7 @@ PADDED = [(case, 2e-4) for case in CASES] + [("B1_fp8", 3e-4)]
 @nnx.jit
 def logits_and_loss(model, tokens, real, doc_start):
     """Logits, and the mean over pairs of which both tokens are real."""
-    hidden, _ = model.trunk(tokens, doc_start=doc_start)
+    hidden, _ = model.hidden_states(tokens, doc_start=doc_start)
     share = (real[:, :-1] & real[:, 1:]).reshape(-1).astype(jnp.float32)
     rows = hidden[:, :-1].reshape(share.size, -1)
     labels = tokens[:, 1:].reshape(-1)

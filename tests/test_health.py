@@ -143,7 +143,7 @@ def test_what_was_wrong_is_named():
     router = RouterStats(*[jnp.zeros((4,))] * len(RouterStats._fields))
 
     def numbers(norm: float, lost: list[int]) -> Metrics:
-        stats = router._replace(lost=jnp.array(lost))
+        stats = router._replace(n_nonfinite=jnp.array(lost))
         norms = (jnp.float32(norm), jnp.float32(8.0))
         return Metrics(Losses(zero, {"loss": zero}), *norms, zero, stats, jnp.bool_(True))
 

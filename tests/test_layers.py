@@ -20,6 +20,7 @@ from reference.cases import (
     MOE,
     YARN,
     assert_close,
+    attend,
     attention_weights,
     build,
     in_bfloat16,
@@ -34,7 +35,7 @@ from dsv3_jax.model import mla, rope
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE, router_stats
-from dsv3_jax.model.router import choose_experts, expert_counts, sequence_balance
+from dsv3_jax.model.router import expert_counts, route_tokens, sequence_balance_loss
 from dsv3_jax.numerics.attention import causal_attention
 from dsv3_jax.numerics.kernels import attention_ref
 from sharding.layout import Layout
@@ -130,12 +131,12 @@ def test_mla(config):
         reference.mla, w=attention_weights(values), a=config.attention, eps=config.norm_eps
     )
     want = np.stack([twin(h[b].astype(float), np.arange(LENGTH)) for b in range(BATCH)])
-    assert_close(jax.jit(module)(h, positions()), want)
+    assert_close(jax.jit(attend)(module, h, positions()), want)
 
 
 def test_attention_depends_on_relative_positions_only():
     module, _ = build(lambda: MLA(CONFIG, rngs=nnx.Rngs(0)))
-    run = jax.jit(module)
+    run = functools.partial(jax.jit(attend), module)
     h = inputs(batch=1)
     near = run(h, positions(1))
     assert_close(run(h, positions(1, first=31)), near)
@@ -150,7 +151,7 @@ def test_k_rope_is_one_head_for_all(monkeypatch):
     module, values = build(lambda: MLA(CONFIG, rngs=nnx.Rngs(0)))
     module.out.kernel.set_value(jnp.eye(15, 20))
     h = inputs()
-    heads = jax.jit(module)(h, positions())[..., :15].reshape(BATCH, LENGTH, 3, 5)
+    heads = jax.jit(attend)(module, h, positions())[..., :15].reshape(BATCH, LENGTH, 3, 5)
     down, frequencies = values["kv_down.kernel"], reference.rope_frequencies(6, 100.0)
     assert down.shape == (20, 10 + 6)  # so many numbers a token does a cache hold
     for b, head in np.ndindex(BATCH, 3):
@@ -201,7 +202,7 @@ def some_bias() -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=2)
 def choose(scores, bias, config):
-    return choose_experts(scores, bias, config)
+    return route_tokens(scores, bias, config)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -236,7 +237,7 @@ def test_bias_steers_the_choice_but_not_the_weight():
 
 def test_bias_takes_no_gradient_and_scores_do():
     def total(scores, bias):
-        weights, _ = choose_experts(scores, bias, MOE)
+        weights, _ = route_tokens(scores, bias, MOE)
         return jnp.square(weights).sum()
 
     d_scores, d_bias = jax.jit(jax.grad(total, argnums=(0, 1)))(affinities(), some_bias())
@@ -267,7 +268,7 @@ def test_moe(moe_layer):
             load[list(experts)] += 1
     np.testing.assert_array_equal(stats.load, load)
     np.testing.assert_allclose(stats.balance, balance, rtol=1e-5)
-    assert int(stats.sent) == BATCH * LENGTH * MOE.top_k and int(stats.rounds) == 1
+    assert int(stats.n_received) == BATCH * LENGTH * MOE.top_k and int(stats.rounds) == 1
 
 
 def test_moe_without_shared_experts():
@@ -292,8 +293,8 @@ def test_tokens_without_finite_logits_are_not_routed(moe_layer):
     lost = np.zeros((BATCH, LENGTH), bool)
     lost[0, 3] = lost[1, 0] = True
     n_pairs = (BATCH * LENGTH - 2) * MOE.top_k
-    assert int(routed.lost) == 2
-    assert int(routed.sent) == int(routed.counts.sum()) == n_pairs
+    assert int(routed.n_nonfinite) == 2
+    assert int(routed.n_received) == int(routed.counts.sum()) == n_pairs
     np.testing.assert_allclose(y[~lost], whole[~lost], rtol=1e-6)
 
 
@@ -307,7 +308,7 @@ def test_sequence_balance():
     def run(scores, ids):
         counts = jax.vmap(expert_counts, in_axes=(0, None))(ids, scores.shape[-1])
         affinity = (scores / scores.sum(-1, keepdims=True)).sum(1)
-        return sequence_balance(counts, affinity, ids.shape[-1])
+        return sequence_balance_loss(counts, affinity, ids.shape[-1])
 
     want = sum(reference.sequence_balance(scores[b].astype(float), ids[b], 3) for b in range(BATCH))
     np.testing.assert_allclose(run(scores, ids), want, rtol=1e-5)
@@ -323,7 +324,7 @@ def test_sequence_balance():
 @pytest.mark.parametrize(
     "make, run",
     [
-        (lambda: MLA(CONFIG, rngs=nnx.Rngs(0)), lambda module, h: module(h, positions())),
+        (lambda: MLA(CONFIG, rngs=nnx.Rngs(0)), lambda module, h: attend(module, h, positions())),
         (lambda: SwiGLU(20, 11, 0.1, rngs=nnx.Rngs(0)), lambda module, h: module(h)),
         (lambda: MoE(CONFIG, rngs=nnx.Rngs(0)), lambda module, h: module(h, Layout())[0]),
     ],

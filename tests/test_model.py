@@ -54,9 +54,9 @@ def results(whole, batch):
 
     @nnx.jit
     def run(model, batch):
-        hidden, _ = model.trunk(batch.tokens[:, :LENGTH])
-        following = [batch.tokens[:, k : k + LENGTH] for k in range(1, DEPTH + 1)]
-        ahead, _ = model.mtp_trunk(hidden, jnp.stack(following))
+        hidden, _ = model.hidden_states(batch.tokens[:, :LENGTH])
+        shifted_tokens = [batch.tokens[:, k : k + LENGTH] for k in range(1, DEPTH + 1)]
+        ahead, _ = model.mtp_hidden_states(hidden, jnp.stack(shifted_tokens))
         loss_fn = next_token_loss(LossConfig(mtp_weight=MTP_WEIGHT), DEPTH)
         seen = jnp.float32(0)
         losses, _ = training_loss(model, batch, loss_fn, 0.01, seen, Layout(), "none")
@@ -123,7 +123,7 @@ def test_bfloat16_policy_is_close_to_float32():
 
     @nnx.jit
     def run(model, tokens):
-        hidden, _ = model.trunk(tokens)
+        hidden, _ = model.hidden_states(tokens)
         return hidden, model.logits(hidden)
 
     (hidden, logits), (want_hidden, want_logits) = run(narrow, tokens), run(wide, tokens)

@@ -25,7 +25,7 @@ def check(mesh: str, n_layers: int, n_rows: int, *settings: str):
     want = plain(n_layers, n_rows, *model)
     chex.assert_trees_all_close(losses, want[0], rtol=2e-6, atol=0)
     np.testing.assert_array_equal(stats.load, want[1].load)
-    np.testing.assert_array_equal(stats.sent, stats.load.sum(-1))
+    np.testing.assert_array_equal(stats.n_received, stats.load.sum(-1))
     wanted = dict(jax.tree.flatten_with_path(want[2])[0])
     for path, grad in jax.tree.flatten_with_path(grads)[0]:
         error = np.abs(grad - wanted[path]).max() / np.abs(wanted[path]).max()

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dsv3_jax.serving.sampling import GREEDY, Sampling, choose_tokens, nucleus
+from dsv3_jax.serving.sampling import GREEDY, Sampling, sample, top_p
 
 N_ROWS, VOCAB = 5, 23
-keep = functools.partial(jax.jit, static_argnums=1)(nucleus)
-choose = functools.partial(jax.jit, static_argnums=3)(choose_tokens)
+keep = functools.partial(jax.jit, static_argnums=1)(top_p)
+choose = functools.partial(jax.jit, static_argnums=3)(sample)
 
 
 def some_logits() -> np.ndarray:
@@ -31,7 +31,7 @@ def softmax(x):
     return raised / raised.sum()
 
 
-def nucleus_twin(row: np.ndarray, top_p: float) -> set[int]:
+def top_p_twin(row: np.ndarray, top_p: float) -> set[int]:
     """Tokens from the likeliest on, until their probabilities reach `top_p`."""
     probability, kept, total = softmax(row.astype(np.float64)), set(), 0.0
     for token in np.argsort(-probability):
@@ -43,29 +43,29 @@ def nucleus_twin(row: np.ndarray, top_p: float) -> set[int]:
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
-def test_nucleus_keeps_the_fewest_that_reach_top_p(top_p):
+def test_top_p_keeps_the_fewest_that_reach_top_p(top_p):
     logits = some_logits()
     got = np.asarray(keep(logits, top_p))
     for row, kept in zip(logits, got, strict=True):
-        want = nucleus_twin(row, top_p)
+        want = top_p_twin(row, top_p)
         assert set(np.flatnonzero(kept > -np.inf)) == want
         np.testing.assert_array_equal(kept[sorted(want)], row[sorted(want)])
     if top_p == 1e-6:
         np.testing.assert_array_equal((got > -np.inf).sum(1), 1)
 
 
-def test_nucleus_of_all():
+def test_top_p_of_all():
     np.testing.assert_array_equal(keep(some_logits(), 1.0), some_logits())
 
 
-def test_nucleus_stops_as_soon_as_top_p_is_reached():
+def test_top_p_stops_as_soon_as_top_p_is_reached():
     """Probabilities 1/2, 1/4, 1/8, 1/8 are exact in float32."""
     logits = np.log(np.array([[0.125, 0.5, 0.125, 0.25]], np.float32))
     assert (np.asarray(keep(logits, 0.7)) > -np.inf).tolist() == [[False, True, False, True]]
     assert (np.asarray(keep(logits, 0.8)) > -np.inf).all()
 
 
-def test_nucleus_keeps_equals_together():
+def test_top_p_keeps_equals_together():
     logits = np.array([[1.0, 3.0, 3.0, 0.0, 3.0]], np.float32)
     assert (np.asarray(keep(logits, 0.1)) > -np.inf).tolist() == [[False, True, True, False, True]]
 
@@ -85,7 +85,7 @@ def test_frequencies_match_the_probabilities(sampling):
     """Chi-squared over 20,000 draws: a true sampler exceeds the bound once in a million seeds."""
     n, row = 20_000, some_logits()[0]
     drawn = choose(np.tile(row, (n, 1)), keys(n), places(n), sampling)
-    kept = sorted(nucleus_twin(row / sampling.temperature, sampling.top_p))
+    kept = sorted(top_p_twin(row / sampling.temperature, sampling.top_p))
     count = np.bincount(drawn, minlength=VOCAB)
     assert count.sum() == n == count[kept].sum()
     expected = n * softmax(row[kept].astype(np.float64) / sampling.temperature)

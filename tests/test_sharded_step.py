@@ -87,7 +87,7 @@ def check(mesh, zero, remat="report", pieces=1):
         got = run(routing, mesh, zero, remat, pieces)
         assert_same(got, run(routing, "dp1"))
         stats = got[1]
-        assert stats.load.sum() == stats.sent.sum() == N_MOE * N_PAIRS, routing
+        assert stats.load.sum() == stats.n_received.sum() == N_MOE * N_PAIRS, routing
         if experts:
             np.testing.assert_array_equal(stats.load[:, list(experts)], N_PAIRS / TOP_K)
             rounds = rounds_of(experts, mesh, pieces)

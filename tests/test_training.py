@@ -39,7 +39,7 @@ def test_first_step_of_the_tiny_preset():
     state, metrics = step(state, batch)
     np.testing.assert_allclose(metrics.losses.total, 9.946968, rtol=2e-6)
     np.testing.assert_allclose(metrics.grad_norm, 0.466126, rtol=2e-5)
-    assert metrics.router.load.sum() == metrics.router.sent.sum() == 4 * 32 * 128 * 4
+    assert metrics.router.load.sum() == metrics.router.n_received.sum() == 4 * 32 * 128 * 4
 
 
 def test_workdir_of_another_config(tmp_path):

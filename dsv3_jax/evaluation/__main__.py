@@ -36,6 +36,7 @@ from dsv3_jax.evaluation.report import show
 from dsv3_jax.evaluation.scorer import Scorer
 from dsv3_jax.progress import bar
 from dsv3_jax.serving.generator import Generator
+from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
 
@@ -86,7 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run = _prepared(names, arguments, Path(folder)) if names else None
         model = load_model(source, arguments.dtype, mesh)
-        generator = Generator(model, mesh, multiple=MULTIPLE)
+        generator = Generator(ModelView.take(model, mesh), multiple=MULTIPLE)
         given = arguments.max_length
         max_length = source.max_length if given is None else given
         settings = {"weights": str(arguments.weights), "max_length": max_length}

@@ -28,6 +28,7 @@ from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
 from dsv3_jax.progress import bar
 from dsv3_jax.serving.generator import Generator
+from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.weights.pretrained import load_model, start_mesh
 from dsv3_jax.weights.sources import open_weights
 
@@ -191,7 +192,8 @@ def main():
         earlier = [Grid(**json.loads(path.read_text())) for path in arguments.beside]
         mesh = start_mesh(arguments.mesh)
         model = load_model(open_weights(arguments.weights), arguments.dtype, mesh)
-        scorer = Scorer(Generator(model, mesh), max(arguments.lengths), arguments.batch)
+        generator = Generator(ModelView.take(model, mesh))
+        scorer = Scorer(generator, max(arguments.lengths), arguments.batch)
         prompts = load_prompts(arguments.weights)
         lines = filler(arguments.haystack)
         haystacks = Haystacks(prompts, lines, arguments.others, arguments.seed)

@@ -15,7 +15,7 @@ from einops import rearrange
 
 from dsv3_jax.losses import VOCAB_CHUNK
 from dsv3_jax.progress import Advance
-from dsv3_jax.serving.decode import Served, read
+from dsv3_jax.serving.decode import DecodeModel, hidden_states
 from dsv3_jax.serving.generator import Generator, check_request
 from dsv3_jax.shapes import Array, Bool, Float, Float32, Int
 from sharding.mesh import BATCH, MeshSpec, named_sharding
@@ -49,17 +49,17 @@ class Scorer:
         if max_length < 1 or batch < 1:
             raise ValueError(f"max_length={max_length} and batch={batch} must be positive")
         self.generator, self.max_length, self._shortest = generator, max_length, shortest
-        layout, shares = generator.layout, generator.layout.mesh.n_data_shards
+        layout, shares = generator.view.layout, generator.view.layout.mesh.n_data_shards
         self.batch = -(-batch // shares) * shares
 
-        def run(served: Served, tokens, targets):
-            hidden = read(served, tokens, layout)
+        def run(model: DecodeModel, tokens, targets):
+            hidden = hidden_states(model, tokens, layout)
             rows = rearrange(hidden, "b t d -> (b t) d")
-            head = served.around.head[...].astype(rows.dtype)
+            head = model.head[...].astype(rows.dtype)
             scores = token_scores(rows, head, targets.reshape(-1), layout.mesh)
             return tuple(score.reshape(targets.shape) for score in scores)
 
-        self._run = generator.program(run, (BATCH, BATCH), (BATCH, BATCH))
+        self._run = generator.view.program(run, (BATCH, BATCH), (BATCH, BATCH))
 
     def __call__(self, pairs: Sequence[Pair], advance: Advance = lambda n: None) -> list[Score]:
         """The score of every pair; the same pair runs once.
@@ -78,8 +78,10 @@ class Scorer:
         return [found[pair] for pair in pairs]
 
     def _check(self, pairs: list[Pair]):
-        check_request([pair.context for pair in pairs], 1, self.generator.config.vocab_size)
-        check_request([pair.continuation for pair in pairs], 1, self.generator.config.vocab_size)
+        check_request([pair.context for pair in pairs], 1, self.generator.view.config.vocab_size)
+        check_request(
+            [pair.continuation for pair in pairs], 1, self.generator.view.config.vocab_size
+        )
         longest = max(len(pair.continuation) for pair in pairs)
         if longest > self.max_length:
             raise ValueError(
@@ -96,7 +98,7 @@ class Scorer:
         targets = np.zeros((self.batch, width), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row) - 1], targets[i, : len(row) - 1] = row[:-1], row[1:]
-        place = named_sharding(self.generator.mesh, BATCH)
+        place = named_sharding(self.generator.view.mesh, BATCH)
         logs, greedy = self._run(*(jax.device_put(x, place) for x in (tokens, targets)))
         logs, greedy = np.asarray(logs, np.float64), np.asarray(greedy)
         scores = []

@@ -1,6 +1,10 @@
-"""One decoder block: attention and a feed-forward layer, each normalised first and added on."""
+"""One decoder block: attention and a feed-forward sublayer, each normalised first and added on.
 
-from collections.abc import Callable, Iterator
+`Block.run_chunks` is what training, scoring and every MTP module run. Prefill and decode
+(`serving/decode.py`) call the same two sublayers and keep the latents.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,83 +14,60 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA
-from dsv3_jax.model.moe import MoE, Routed, RouterStats, router_stats
+from dsv3_jax.model.moe import MoE, RouterStats, RoutingSums, router_stats
 from dsv3_jax.shapes import Array, Float, Int
 from sharding.layout import Layout
 
-# Put into the middle of a layer by `scan_ahead`: the identity, at which communication is tied.
-Between = Callable[[jax.Array], jax.Array] | None
+# An identity that `layer_scan` has placed in the middle of a layer: communication that is to run
+# beside the second half of the layer is tied to it.
+OverlapBarrier = Callable[[jax.Array], jax.Array] | None
 
 
 class Block(nnx.Module):
-    """What both kinds of block share; `feed` is their own."""
+    """What both kinds of block share; the feed-forward sublayer is their own."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = MLA(config, rngs=rngs)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
 
-    def pieces(
+    def run_chunks(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         layout: Layout,
         doc_start: Int[Array, "B T"] | None,
-        n: int,
-        between: Between = None,
-    ) -> list[tuple[Float[Array, "B S D"], Routed | None]]:
-        """x after both layers, and what `feed` saw, for `n` pieces of the sequence (S = T / n).
+        overlap_barrier: OverlapBarrier,
+        n_chunks: int,
+    ) -> list[tuple[Float[Array, "B S D"], RoutingSums | None]]:
+        """Return x after both sublayers, and the routing sums, of each chunk of the sequence.
 
-        The exchange of one piece's rows can run beside the products of the next. `between` stands
-        before the first exchange.
+        The all-to-all of one chunk's tokens can run beside the matmuls of the next chunk.
+
+        Args:
+            doc_start: as in `causal_attention`.
+            overlap_barrier: stands before the first all-to-all.
         """
-        parts = []
-        attended = self.attended(self.attention_norm(x), positions, layout, doc_start, n)
-        for before, change in zip(jnp.split(x, n, axis=1), attended, strict=True):
-            residual = checkpoint_name(before + change, "residual")
-            if between is not None and not parts:
-                residual = between(residual)
-            parts.append(self.feed(residual, layout))
-        return parts
+        h, x_chunks = self.attention_norm(x), jnp.split(x, n_chunks, axis=1)
+        latents = self.attention.compress_kv(h, positions)
+        attended = self.attention(h, positions, latents, layout, doc_start, n_chunks)
+        outputs = []
+        for x_chunk, attended_chunk in zip(x_chunks, attended, strict=True):
+            residual = checkpoint_name(x_chunk + attended_chunk, "residual")
+            if overlap_barrier is not None and not outputs:
+                residual = overlap_barrier(residual)
+            outputs.append(self.ffn_sublayer(residual, layout))
+        return outputs
 
-    def attended(
-        self,
-        h: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        layout: Layout,
-        doc_start: Int[Array, "B T"] | None,
-        n: int,
-    ) -> Iterator[Float[Array, "B S D"]]:
-        """Attention of one piece of the sequence after the other.
-
-        Each has its own queries, against the keys up to it, which all share; so no piece waits for
-        the attention of another. Pieces of a slice are not pieces of its sequence: where sequences
-        lie over several ranks, all have their attention at once.
-        """
-        if layout.context > 1:
-            yield from jnp.split(self.attention(h, positions, layout, doc_start), n, axis=1)
-            return
-        keys, values = self.attention.keys_values(self.attention.latents(h, positions))
-        length = h.shape[1] // n
-        for begin in range(0, h.shape[1], length):
-            rows, past = slice(begin, begin + length), slice(begin + length)
-            yield self.attention.expanded(
-                self.attention.queries(h[:, rows], positions[:, rows]),
-                keys[:, :, past],
-                values[:, :, past],
-                None if doc_start is None else doc_start[:, past],
-                layout,
-            )
-
-    def feed(
+    def ffn_sublayer(
         self, x: Float[Array, "B T D"], layout: Layout
-    ) -> tuple[Float[Array, "B T D"], Routed | None]:
-        """x after the feed-forward layer, and what that saw."""
+    ) -> tuple[Float[Array, "B T D"], RoutingSums | None]:
+        """Return x after the feed-forward sublayer, and the routing sums of its experts."""
         raise NotImplementedError
 
 
 class DenseBlock(Block):
-    """A block of the dense prefix."""
+    """A block of the first layers, whose feed-forward layer has no experts."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -98,12 +79,15 @@ class DenseBlock(Block):
         positions: Int[Array, "B T"],
         layout: Layout,
         doc_start: Int[Array, "B T"] | None = None,
-        between: Between = None,
+        overlap_barrier: OverlapBarrier = None,
     ) -> tuple[Float[Array, "B T D"], None]:
-        """x after both layers; `doc_start` as in `causal_attention`."""
-        return self.pieces(x, positions, layout, doc_start, 1, between)[0]
+        """Return x after both sublayers; `doc_start` as in `causal_attention`."""
+        ((x, _),) = self.run_chunks(x, positions, layout, doc_start, overlap_barrier, n_chunks=1)
+        return x, None
 
-    def feed(self, x: Float[Array, "B T D"], layout: Layout) -> tuple[Float[Array, "B T D"], None]:
+    def ffn_sublayer(
+        self, x: Float[Array, "B T D"], layout: Layout
+    ) -> tuple[Float[Array, "B T D"], None]:
         return x + self.ffn(self.ffn_norm(x)), None
 
 
@@ -120,16 +104,21 @@ class MoEBlock(Block):
         positions: Int[Array, "B T"],
         layout: Layout,
         doc_start: Int[Array, "B T"] | None = None,
-        between: Between = None,
+        overlap_barrier: OverlapBarrier = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """x after both layers, in `layout.overlap_chunks`; `doc_start` as in `causal_attention`."""
-        pieces = self.pieces(x, positions, layout, doc_start, layout.overlap_chunks, between)
-        parts, routed = zip(*pieces, strict=True)
-        stats = router_stats(routed, self.ffn.config.top_k, layout)
-        return jnp.concatenate(parts, axis=1), stats
+        """Return x after both sublayers, in `layout.overlap_chunks`, and the router's statistics.
 
-    def feed(
+        Args:
+            doc_start: as in `causal_attention`.
+        """
+        n_chunks = layout.overlap_chunks
+        outputs = self.run_chunks(x, positions, layout, doc_start, overlap_barrier, n_chunks)
+        x_chunks, sums = zip(*outputs, strict=True)
+        stats = router_stats(sums, self.ffn.config.top_k, layout)
+        return jnp.concatenate(x_chunks, axis=1), stats
+
+    def ffn_sublayer(
         self, x: Float[Array, "B T D"], layout: Layout
-    ) -> tuple[Float[Array, "B T D"], Routed]:
-        y, routed = self.ffn(self.ffn_norm(x), layout)
-        return x + y, routed
+    ) -> tuple[Float[Array, "B T D"], RoutingSums]:
+        y, sums = self.ffn(self.ffn_norm(x), layout)
+        return x + y, sums

@@ -4,8 +4,6 @@ Every method runs unchanged on one device or on a share of the batch inside the 
 `Layout` says which.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -26,7 +24,29 @@ from sharding.layout import ONE_DEVICE, Layout
 STACKS = ("dense", "moe", "mtp")  # attributes of the model whose arrays have a leading layer dim
 
 
-class DeepSeekV3(nnx.Module):
+class EmbeddingAndHead(nnx.Module):
+    """The ends of the model, whatever the layers between them: subclasses make the parameters."""
+
+    policy: Policy
+    embedding: nnx.Param
+    head: nnx.Param
+
+    def embed(self, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
+        """Return the embeddings in the compute format."""
+        flat = jnp.asarray(tokens).reshape(-1)  # [B*T]
+        rows = vocab_parallel.embed(self.embedding[...], flat, layout.mesh, self.policy.compute)
+        return rearrange(rows, "(b t) d -> b t d", b=tokens.shape[0])
+
+    def logits(
+        self, hidden: Float[Array, "B T D"], layout: Layout = ONE_DEVICE
+    ) -> Float32[Array, "B T V"]:
+        """Return the output head over the whole vocabulary; for few positions at a time."""
+        rows = rearrange(hidden, "b t d -> (b t) d")
+        logits = vocab_parallel.logits(rows, self.head[...].astype(hidden.dtype), layout.mesh)
+        return rearrange(logits, "(b t) v -> b t v", b=hidden.shape[0])
+
+
+class DeepSeekV3(EmbeddingAndHead):
     """The whole model; `dense`, `moe` and `mtp` are stacked layers, None where there are none."""
 
     def __init__(self, config: ModelConfig, policy: Policy, *, rngs: nnx.Rngs):
@@ -50,115 +70,110 @@ class DeepSeekV3(nnx.Module):
         layout: Layout = ONE_DEVICE,
         doc_start: Int[Array, "B T"] | None = None,
     ) -> Float32[Array, "B T V"]:
-        """Logits of the next token at every position.
+        """Return the logits of the next token at every position.
 
         Args:
             doc_start: the first position of its row that each token sees, at most its own (left
                 padding, packed documents); None if 0.
         """
-        hidden, _ = self.trunk(tokens, layout, doc_start=doc_start)
+        hidden, _ = self.hidden_states(tokens, layout, doc_start=doc_start)
         return self.logits(hidden, layout)
 
     def mtp_logits(
         self, tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE
     ) -> Float32[Array, "B S V"]:
-        """Logits of the token after the next, at the first T - 1 positions (S = T - 1)."""
-        hidden, _ = self.trunk(tokens, layout)
-        hidden, _ = self.mtp_trunk(hidden[:, :-1], tokens[None, :, 1:], layout)
+        """Return the logits of the token after the next, at the first S = T - 1 positions."""
+        hidden, _ = self.hidden_states(tokens, layout)
+        hidden, _ = self.mtp_hidden_states(hidden[:, :-1], tokens[None, :, 1:], layout)
         return self.logits(hidden[0], layout)
 
-    def embed(self, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
-        """Embeddings in the compute format."""
-        flat = jnp.asarray(tokens).reshape(-1)  # [B*T]
-        rows = vocab_parallel.embed(self.embedding[...], flat, layout.mesh, self.policy.compute)
-        return rearrange(rows, "(b t) d -> b t d", b=tokens.shape[0])
-
-    def trunk(
+    def hidden_states(
         self,
         tokens: Int[Array, "B T"],
         layout: Layout = ONE_DEVICE,
         remat: str = "none",
         doc_start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """Hidden states after the final norm, and the MoE layers' statistics, stacked."""
-        x = self.prefix(tokens, layout, remat, doc_start)
-        x, stats = self._layers(self.moe, x, positions_of(tokens, layout), layout, remat, doc_start)
+        """Return the hidden states after the final norm, and the MoE layers' statistics."""
+        x = self.embed_and_dense(tokens, layout, remat, doc_start)
+        positions = token_positions(tokens, layout)
+        x, stats = self._run_layers(self.moe, x, positions, layout, remat, doc_start)
         return self.norm(x), stats
 
-    def prefix(
+    def embed_and_dense(
         self,
         tokens: Int[Array, "B T"],
         layout: Layout,
         remat: str,
         doc_start: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The input of the first MoE layer: embeddings through the dense layers."""
-        x, positions = self.embed(tokens, layout), positions_of(tokens, layout)
-        return self._layers(self.dense, x, positions, layout, remat, doc_start)[0]
+        """Return the input of the first MoE layer: embeddings through the dense layers."""
+        x, positions = self.embed(tokens, layout), token_positions(tokens, layout)
+        return self._run_layers(self.dense, x, positions, layout, remat, doc_start)[0]
 
-    def _layers(
+    def _run_layers(
         self, blocks: nnx.Module | None, x, positions, layout: Layout, remat: str, doc_start
     ):
-        """x after stacked blocks, and their statistics; without blocks x and None."""
+        """Return x after stacked blocks, and their statistics; without blocks x and None."""
         if blocks is None:
             return x, None
+        compute = self.policy.compute
 
-        def step(block, x, between=None):
-            return block(x, positions, layout, doc_start, between)
+        def run_block(block, x, overlap_barrier=None):
+            return block(x, positions, layout, doc_start, overlap_barrier)
 
-        run = scan_ahead if layout.zero == 3 else functools.partial(scan, xs=None)
-        return run(step, blocks, x, **self._how(layout, remat))
+        if layout.zero == 3:
+            return scan_ahead(run_block, blocks, x, layout=layout, compute=compute, remat=remat)
+        return scan(run_block, blocks, x, None, layout=layout, compute=compute, remat=remat)
 
-    def mtp_trunk(
+    def mtp_hidden_states(
         self,
         hidden: Float[Array, "B T D"],
-        following: Int[Array, "M B T"],
+        shifted_tokens: Int[Array, "M B T"],
         layout: Layout = ONE_DEVICE,
         remat: str = "none",
         doc_start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "M B T D"], RouterStats]:
-        """Hidden states that predict 2, 3, ... tokens ahead, and statistics, both stacked.
+        """Return the hidden states that predict 2, 3, ... tokens ahead, and statistics, stacked.
 
         Args:
-            hidden: of the trunk.
-            following: for each depth k = 1, 2, ... the tokens k places on.
-            doc_start: as for the trunk.
+            hidden: from `hidden_states`.
+            shifted_tokens: for each depth k = 1, 2, ... the tokens k positions on.
+            doc_start: as for `hidden_states`.
         """
-        positions = positions_of(following[0], layout)
+        positions = token_positions(shifted_tokens[0], layout)
 
-        def step(module, hidden, tokens):
-            hidden, stats = module(hidden, self.embed(tokens, layout), positions, layout, doc_start)
+        def run_module(module, hidden, tokens):
+            embedded = self.embed(tokens, layout)
+            hidden, stats = module(hidden, embedded, positions, layout, doc_start)
             return hidden, (hidden, stats)
 
-        _, (hidden, stats) = scan(step, self.mtp, hidden, following, **self._how(layout, remat))
+        _, (hidden, stats) = scan(
+            run_module,
+            self.mtp,
+            hidden,
+            shifted_tokens,
+            layout=layout,
+            compute=self.policy.compute,
+            remat=remat,
+        )
         return hidden, stats
 
-    def logits(
-        self, hidden: Float[Array, "B T D"], layout: Layout = ONE_DEVICE
-    ) -> Float32[Array, "B T V"]:
-        """The output head over all of the vocabulary; for few positions at a time."""
-        rows = rearrange(hidden, "b t d -> (b t) d")
-        logits = vocab_parallel.logits(rows, self.head[...].astype(hidden.dtype), layout.mesh)
-        return rearrange(logits, "(b t) v -> b t v", b=hidden.shape[0])
 
-    def _how(self, layout: Layout, remat: str) -> dict:
-        return {"layout": layout, "compute": self.policy.compute, "remat": remat}
-
-
-def positions_of(tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE) -> Int[Array, "B T"]:
-    """0, 1, 2, ... in every row; in later slices of a sequence, on from there."""
+def token_positions(tokens: Int[Array, "B T"], layout: Layout = ONE_DEVICE) -> Int[Array, "B T"]:
+    """Return 0, 1, 2, ... for every row; a slice of a sequence goes on from the one before."""
     return jnp.broadcast_to(
         context_parallel.positions(tokens.shape[1], layout)[None, :], tokens.shape
     )
 
 
 def abstract_model(config: ModelConfig, policy: Policy) -> DeepSeekV3:
-    """The model's shapes without its numbers: takes no memory at any size."""
+    """Return the model's shapes without arrays, which takes no memory at any size."""
     return nnx.eval_shape(lambda: DeepSeekV3(config, policy, rngs=nnx.Rngs(0)))
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of the main model, of the MTP modules, and of the released files.
+    """Return the parameters of the main model, of the MTP modules, and of the released files.
 
     The balance biases count, as they are tensors of the released weights; those repeat embedding
     and head in every MTP module.

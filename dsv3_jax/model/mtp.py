@@ -1,10 +1,13 @@
-"""Multi-token prediction (report sec. 2.2): module k predicts token i + k + 1 from position i.
+"""Multi-token prediction (report sec. 2.2, equations 21 to 23).
 
-    h'_i = M [norm(Emb(t_{i+k})); norm(h_i)]        h^k = block(h')
+Module k predicts token i + k + 1 from position i:
+
+    h'_i = M [norm(Emb(t_{i+k})); norm(h_i)]  (21)     h^k = block(h')  (22)
+    P^k = softmax(W_head norm(h^k))           (23)
 
 h of the first module is the main model's hidden state after its final norm, as in the released
-weights; every module's own final norm likewise precedes the shared output head and the next
-module. Embedding and head are the main model's.
+weights; the final norm of every module likewise precedes the shared output head and the next
+module. Embedding and head are the main model's. The loss, equations 24 and 25, is in `losses.py`.
 """
 
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from sharding.layout import Layout
 
 
 class MTP(nnx.Module):
-    """One depth of the chain."""
+    """One depth of the chain; `join` is M of equation 21, `eh_proj` in the released weights."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, eps = config.width, config.norm_eps
@@ -39,8 +42,14 @@ class MTP(nnx.Module):
         layout: Layout,
         doc_start: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """Return the hidden states of depth k after their norm, and the router's statistics.
+
+        Args:
+            hidden: the same of depth k - 1.
+            embedded: the embeddings of the tokens k positions on.
+            doc_start: as in `causal_attention`.
+        """
         pair = [self.embedding_norm(embedded), self.hidden_norm(hidden)]
-        x, stats = self.block(
-            self.join(jnp.concatenate(pair, axis=-1)), positions, layout, doc_start
-        )
+        x = self.join(jnp.concatenate(pair, axis=-1))
+        x, stats = self.block(x, positions, layout, doc_start)
         return self.norm(x), stats

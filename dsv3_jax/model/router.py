@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from dsv3_jax.config import MoEConfig
-from dsv3_jax.shapes import Array, Float32, Int
+from dsv3_jax.shapes import Array, Bool, Float32, Int
 
 
-def choose_experts(
+def route_tokens(
     scores: Float32[Array, "t E"], bias: Float32[Array, " E"], config: MoEConfig
 ) -> tuple[Float32[Array, "t K"], Int[Array, "t K"]]:
     """Pick `top_k` experts per token; the bias steers the choice but not the weights.
@@ -27,7 +27,7 @@ def choose_experts(
     """
     biased = jax.lax.stop_gradient(scores) + bias[None, :]
     if config.n_groups > 1:
-        biased = jnp.where(_kept(biased, config), biased, -jnp.inf)
+        biased = jnp.where(group_mask(biased, config), biased, -jnp.inf)
     _, ids = jax.lax.top_k(biased, config.top_k)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if config.normalize:
@@ -35,24 +35,24 @@ def choose_experts(
     return weights * config.scale, ids
 
 
-def _kept(biased: Float32[Array, "t E"], config: MoEConfig):
-    """Mask [t E] of the experts whose group stays."""
+def group_mask(biased: Float32[Array, "t E"], config: MoEConfig) -> Bool[Array, "t E"]:
+    """Return a mask of the experts whose group stays (node-limited routing)."""
     groups = rearrange(biased, "t (g e) -> t g e", g=config.n_groups)
-    best = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(-1)
-    _, kept = jax.lax.top_k(best, config.topk_groups)
-    mask = (kept[:, :, None] == jnp.arange(config.n_groups)[None, None, :]).any(1)
+    scores = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(-1)
+    _, best_groups = jax.lax.top_k(scores, config.topk_groups)
+    mask = (best_groups[:, :, None] == jnp.arange(config.n_groups)[None, None, :]).any(1)
     return jnp.repeat(mask, groups.shape[-1], axis=-1)
 
 
 def expert_counts(ids: Int[Array, "*B K"], n_experts: int) -> Float32[Array, " E"]:
-    """How many tokens chose each expert."""
+    """Return how many tokens chose each expert."""
     return jnp.zeros(n_experts, jnp.float32).at[ids.reshape(-1)].add(1.0)
 
 
-def sequence_balance(
+def sequence_balance_loss(
     counts: Float32[Array, "B E"], affinity: Float32[Array, "B E"], top_k: int
 ) -> Float32[Array, ""]:
-    """Sum over this shard's sequences of sum_i f_i P_i.
+    """Return the sum over this shard's sequences of sum_i f_i P_i.
 
     f_i is expert i's share of the sequence's choices times E (1 when balanced); P_i the mean of its
     affinity, normalised over experts. Only P carries a gradient.
@@ -64,5 +64,5 @@ def sequence_balance(
     Source: report sec. 2.1.2, equations 17 to 20.
     """
     n_choices = counts.sum(-1, keepdims=True)
-    share = counts * (counts.shape[-1] / n_choices)
-    return (share * affinity * (top_k / n_choices)).sum()
+    f = counts * (counts.shape[-1] / n_choices)  # equation 18; P (equation 20) is the rest
+    return (f * affinity * (top_k / n_choices)).sum()

@@ -1,16 +1,14 @@
 """Prefill and decode with the latent cache (report sec. 2.1.1): the model over a growing text.
 
-The cache holds c_kv and k_rope of every token and layer: 576 numbers a token a layer at 671B, which
-are 1,152 bytes in bfloat16, and 656 with c_kv in FP8 tiles of 128. The
-prefill runs the prompt with expanded keys and values; every further token reads the cache in the
-absorbed form. Rows of a batch are padded on the left, so that all of them grow at the same place.
+The cache holds c_kv and k_rope of every token: 576 numbers per token per layer at 671B, which are
+1,152 bytes in bfloat16, and 656 with c_kv in FP8 tiles of 128. The prefill runs the prompt with
+expanded keys and values, as training does; every further token reads the cache in the absorbed
+form. Rows of a batch are padded on the left, so that all of them grow at the same position.
 
-Layers stand side by side here instead of stacked: one array a layer is read where it lies, and a
-cache that is handed on is written in place.
+Layers are not stacked here: an array per layer is read where it lies, and a cache that is donated
+is written in place.
 """
 
-import gc
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,136 +16,141 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from dsv3_jax.model.block import Block
-from dsv3_jax.model.deepseek import DeepSeekV3, positions_of
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import Block, DenseBlock, MoEBlock
+from dsv3_jax.model.deepseek import EmbeddingAndHead, token_positions
+from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.mla import Latents
+from dsv3_jax.model.mtp import MTP
+from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import TILE, QuantizedTensor, dequantize, quantize
+from dsv3_jax.params import make_param
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.layout import Layout
 
 
+class DecodeModel(EmbeddingAndHead):
+    """The parameters of `DeepSeekV3` with a module per layer instead of stacks of layers.
+
+    Parameter `moe.A` of the stacked model, at layer i, is `moe.i.A` here.
+    """
+
+    def __init__(self, config: ModelConfig, policy: Policy, *, rngs: nnx.Rngs):
+        self.config, self.policy = config, policy
+        table, n_moe = (config.vocab_size, config.width), config.n_layers - config.n_dense
+        self.embedding = make_param(
+            rngs, table, ("vocab", "embed_shard"), config.init_std, keep_fp32=True
+        )
+        self.dense = nnx.List([DenseBlock(config, rngs=rngs) for _ in range(config.n_dense)])
+        self.moe = nnx.List([MoEBlock(config, rngs=rngs) for _ in range(n_moe)])
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = make_param(rngs, table, ("vocab_shard", "embed"), config.init_std)
+        self.mtp = nnx.List([MTP(config, rngs=rngs) for _ in range(config.mtp_depth)])
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.dense, *self.moe]
+
+
 class Fp8Latents(NamedTuple):
-    """`Latents` with c_kv in tiles of 128; the rotary key, a ninth of the numbers, stays wide."""
+    """`Latents` with c_kv in FP8 tiles of 128; the rotary key, a ninth of the numbers, is not."""
 
     c_kv: QuantizedTensor  # values [B S C]
     k_rope: Float[Array, "B S R"]
 
 
 class Cache(NamedTuple):
-    """What is remembered of a batch of texts."""
+    """The latents of a batch of texts."""
 
     layers: tuple[Latents | Fp8Latents, ...]  # [B S ...] each, filled to `length`
-    start: Int[Array, " B"]  # where each row's text begins, after its padding
+    start: Int[Array, " B"]  # the position where the text of each row begins, after its padding
     length: Int[Array, ""]
 
 
-class Served(nnx.Module):
-    """The main model without MTP: its layers one by one, and what stands around them."""
-
-    def __init__(self, model: DeepSeekV3):
-        """Take the model apart; its stacked layers are freed one parameter at a time."""
-        gc.collect()  # nnx.map_state leaves cycles behind that hold the arrays of a new model
-        self.layers = nnx.List(_unstacked(model.dense) + _unstacked(model.moe))
-        model.dense = model.moe = model.mtp = None
-        self.around = model
-
-
-def _unstacked(stack: nnx.Module | None) -> list[Block]:
-    if stack is None:
-        return []
-    graphdef = nnx.graphdef(stack)
-    leaves, treedef = jax.tree.flatten(nnx.pop(stack, nnx.Variable))  # now nothing else holds them
-    n = leaves[0].shape[0]
-    parts = []
-    while leaves:
-        whole = leaves.pop(0)
-        parts.append(tuple(whole[i] for i in range(n)))
-    return [nnx.merge(graphdef, treedef.unflatten(layer)) for layer in zip(*parts, strict=True)]
-
-
 def prefill(
-    served: Served,
+    model: DecodeModel,
     tokens: Int[Array, "B T"],
     start: Int[Array, " B"],
     size: int,
     layout: Layout,
     fp8: bool = False,
 ) -> tuple[Float32[Array, "B V"], Cache]:
-    """Logits after the last token of each row, and a cache with room for `size` tokens.
+    """Return the logits after the last token of each row, and a cache with room for `size` tokens.
 
     Args:
-        fp8: whether the cache holds c_kv in FP8; `extend` goes on as it finds it.
+        fp8: whether the cache holds c_kv in FP8; `decode_step` goes on with either.
     """
-    positions = positions_of(tokens)
-    seen_from = jnp.minimum(start[:, None], positions)  # padding sees itself: no empty softmax
-    room = ((0, 0), (0, size - tokens.shape[1]), (0, 0))
-    layers: list[Latents | Fp8Latents] = []
-
-    def attend(block, h):
-        latents = block.attention.latents(h, positions)
-        layers.append(jax.tree.map(lambda x: jnp.pad(x, room), _stored(latents, fp8)))
-        pairs = block.attention.keys_values(latents)
-        how = (seen_from, layout)
-        return block.attention.expanded(block.attention.queries(h, positions), *pairs, *how)
-
-    hidden = _through(served, tokens, layout, attend)
-    logits = served.around.logits(hidden[:, -1:], layout)[:, 0]
+    positions = token_positions(tokens)
+    doc_start = jnp.minimum(start[:, None], positions)  # padding sees itself: no empty softmax
+    padding = ((0, 0), (0, size - tokens.shape[1]), (0, 0))
+    layers = []
+    x = model.embed(tokens, layout)
+    for block in model.blocks:
+        h = block.attention_norm(x)
+        latents = block.attention.compress_kv(h, positions)
+        layers.append(jax.tree.map(lambda x: jnp.pad(x, padding), _to_cache(latents, fp8)))
+        (attended,) = block.attention(h, positions, latents, layout, doc_start)
+        x, _ = block.ffn_sublayer(x + attended, layout)
+    logits = model.logits(model.norm(x)[:, -1:], layout)[:, 0]
     return logits, Cache(tuple(layers), start, jnp.int32(tokens.shape[1]))
 
 
-def extend(
-    served: Served, tokens: Int[Array, "B T"], cache: Cache, layout: Layout
+def decode_step(
+    model: DecodeModel, tokens: Int[Array, "B T"], cache: Cache, layout: Layout
 ) -> tuple[Float32[Array, "B T V"], Cache]:
-    """Logits after each of some further tokens, and the cache with them.
+    """Return the logits after each of T further tokens, and the cache with their latents.
 
-    There must be room for them: places past the end would overwrite the last ones.
+    The cache must have room for them: positions past its end would overwrite the last ones.
     """
-    positions = cache.length + positions_of(tokens)
-    place = jnp.arange(cache.layers[0].k_rope.shape[1])[None, None, :]
-    seen = (place <= positions[:, :, None]) & (place >= cache.start[:, None, None])
-    before, layers = iter(cache.layers), []
-
-    def attend(block, h):
-        old = next(before)
-        new = _stored(block.attention.latents(h, positions), isinstance(old, Fp8Latents))
-        grown = jax.tree.map(
-            lambda old, x: lax.dynamic_update_slice_in_dim(old, x, cache.length, 1), old, new
+    positions = cache.length + token_positions(tokens)
+    cached = jnp.arange(cache.layers[0].k_rope.shape[1])[None, None, :]
+    mask = (cached <= positions[:, :, None]) & (cached >= cache.start[:, None, None])
+    layers = []
+    x = model.embed(tokens, layout)
+    for block, latents in zip(model.blocks, cache.layers, strict=True):
+        h = block.attention_norm(x)
+        new = _to_cache(block.attention.compress_kv(h, positions), isinstance(latents, Fp8Latents))
+        latents = jax.tree.map(
+            lambda old, new: lax.dynamic_update_slice_in_dim(old, new, cache.length, 1),
+            latents,
+            new,
         )
-        grown = lax.optimization_barrier(grown)  # one update, read by all below, in place
-        layers.append(grown)
-        past = _read(grown, h.dtype)
-        return block.attention.absorbed(block.attention.queries(h, positions), past, seen)
-
-    hidden = _through(served, tokens, layout, attend)
-    logits = served.around.logits(hidden, layout)
+        latents = lax.optimization_barrier(latents)  # one update in place, read by all below
+        layers.append(latents)
+        q = block.attention.project_q(h, positions)
+        attended = block.attention.absorbed(q, _from_cache(latents, h.dtype), mask)
+        x, _ = block.ffn_sublayer(x + attended, layout)
+    logits = model.logits(model.norm(x), layout)
     return logits, Cache(tuple(layers), cache.start, cache.length + tokens.shape[1])
 
 
-def read(served: Served, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm over whole texts, padded on the right; no cache."""
-    positions = positions_of(tokens)
+def hidden_states(
+    model: DecodeModel, tokens: Int[Array, "B T"], layout: Layout
+) -> Float[Array, "B T D"]:
+    """Return the hidden states after the final norm over whole texts, padded on the right."""
+    positions = token_positions(tokens)
+    x = model.embed(tokens, layout)
+    for block in model.blocks:
+        x, _ = block(x, positions, layout)
+    return model.norm(x)
 
-    def attend(block, h):
-        return block.attention(h, positions, layout)
 
-    return _through(served, tokens, layout, attend)
+def mtp_logits(
+    model: DecodeModel, tokens: Int[Array, "B T"], layout: Layout
+) -> Float32[Array, "B S V"]:
+    """Return the logits of the token after the next, at the first S = T - 1 positions."""
+    hidden = hidden_states(model, tokens, layout)[:, :-1]
+    shifted = tokens[:, 1:]
+    embedded = model.embed(shifted, layout)
+    hidden, _ = model.mtp[0](hidden, embedded, token_positions(shifted), layout)
+    return model.logits(hidden, layout)
 
 
-def _stored(latents: Latents, fp8: bool) -> Latents | Fp8Latents:
+def _to_cache(latents: Latents, fp8: bool) -> Latents | Fp8Latents:
     return Fp8Latents(quantize(latents.c_kv, TILE), latents.k_rope) if fp8 else latents
 
 
-def _read(latents: Latents | Fp8Latents, dtype: jnp.dtype) -> Latents:
+def _from_cache(latents: Latents | Fp8Latents, dtype: jnp.dtype) -> Latents:
     if isinstance(latents, Latents):
         return latents
     return Latents(dequantize(latents.c_kv, TILE, dtype), latents.k_rope)
-
-
-def _through(
-    served: Served, tokens: Int[Array, "B T"], layout: Layout, attend: Callable
-) -> Float[Array, "B T D"]:
-    """Hidden states after the final norm; `attend` is (block, normalised x) -> attention."""
-    x = served.around.embed(tokens, layout)
-    for block in served.layers:
-        x, _ = block.feed(x + attend(block, block.attention_norm(x)), layout)
-    return served.around.norm(x)

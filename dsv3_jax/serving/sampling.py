@@ -1,4 +1,4 @@
-"""The next token from its logits: greedy, or by temperature and nucleus."""
+"""The next token from its logits: greedy, or by temperature and top-p (nucleus) sampling."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from dsv3_jax.shapes import Array, Float32, Int, UInt32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen: temperature 0 takes the likeliest, top_p 1 leaves none out."""
+    """The way tokens are drawn: temperature 0 takes the likeliest, top_p 1 leaves none out."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -25,33 +25,33 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def choose_tokens(
+def sample(
     logits: Float32[Array, "B V"],
     keys: UInt32[Array, "B 2"],
-    place: Int[Array, " B"],
+    positions: Int[Array, " B"],
     sampling: Sampling,
 ) -> Int[Array, " B"]:
-    """One token a row; a row's draws depend on its own key and place only."""
+    """Return one token per row; the draw of a row depends on its own key and position only."""
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = nucleus(logits / sampling.temperature, sampling.top_p)
+    logits = top_p(logits / sampling.temperature, sampling.top_p)
 
-    def draw(key, place, row):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key), place)
+    def draw(key, position, row):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
         return jax.random.categorical(key, row).astype(jnp.int32)
 
-    return jax.vmap(draw)(keys, place, logits)
+    return jax.vmap(draw)(keys, positions, logits)
 
 
-def nucleus(logits: Float32[Array, "B V"], top_p: float) -> Float32[Array, "B V"]:
-    """Logits with -inf outside of the fewest tokens whose probabilities reach `top_p`.
+def top_p(logits: Float32[Array, "B V"], p: float) -> Float32[Array, "B V"]:
+    """Return logits with -inf outside of the fewest tokens whose probabilities reach `p`.
 
-    Tokens as likely as the last of those stay. Source: arXiv 1904.09751, sec. 3.1.
+    Tokens as likely as the least likely of them stay. Source: arXiv 1904.09751, sec. 3.1.
     """
-    if top_p == 1.0:
+    if p == 1.0:
         return logits
     ranked = jnp.sort(logits, axis=-1, descending=True)
     probability = jax.nn.softmax(ranked, axis=-1)
-    needed = jnp.cumsum(probability, axis=-1) - probability < top_p  # what comes before is short
+    needed = jnp.cumsum(probability, axis=-1) - probability < p  # those before are too few
     least = jnp.where(needed, ranked, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

@@ -49,7 +49,7 @@ def make_sampler(config: Config, mesh: Mesh, layout: Layout, temperature: float 
         model = model_of(params, bias)
 
         def extend(place, tokens):
-            hidden, _ = model.trunk(tokens, layout)
+            hidden, _ = model.hidden_states(tokens, layout)
             at = jax.lax.dynamic_slice_in_dim(hidden, place - 1, 1, axis=1)
             logits = model.logits(at, layout)[:, 0] / temperature
             draw = jax.vmap(lambda key, row: jax.random.categorical(_at(key, place), row))

@@ -59,7 +59,7 @@ def row_of(step: int, tokens: int, numbers: Metrics) -> dict[str, int | float]:
     }
     if router is not None:
         row["max_violation"] = float(plots.max_violation(router.load).max())
-        row["dropped_tokens"] = int(router.load.sum() - router.sent.sum())
+        row["dropped_tokens"] = int(router.load.sum() - router.n_received.sum())
         row["dispatch_rounds"] = int(router.rounds.max())
     return row | ({"skipped": 1} if numbers.skipped else {})
 
@@ -72,15 +72,15 @@ def why_skipped(numbers: Metrics, model: ModelConfig) -> str:
         reasons.append(f"the gradient is not finite (norm {norm})")
     elif norm > allowed:
         reasons.append(f"the gradient norm {norm:.4g} exceeds {allowed:.4g}")
-    if numbers.router is not None and numbers.router.lost.any():
-        layers = np.flatnonzero(numbers.router.lost) + model.n_dense
+    if numbers.router is not None and numbers.router.n_nonfinite.any():
+        layers = np.flatnonzero(numbers.router.n_nonfinite) + model.n_dense
         names = [
             f"layer {layer}"
             if layer < model.n_layers
             else f"MTP module {layer - model.n_layers + 1}"
             for layer in layers
         ]
-        lost = int(numbers.router.lost.max())
+        lost = int(numbers.router.n_nonfinite.max())
         reasons.append(f"the router logits of {lost:,} tokens are not finite in {', '.join(names)}")
     return "; ".join(reasons)
 

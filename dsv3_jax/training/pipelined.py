@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.layer_scan import kept_by, with_inputs, without
 from dsv3_jax.losses import LossFn, add_balance, model_inputs, n_sequences
-from dsv3_jax.model.deepseek import abstract_model, positions_of
+from dsv3_jax.model.deepseek import abstract_model, token_positions
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap
 from dsv3_jax.numerics.policy import Policy
@@ -137,7 +137,7 @@ class EmbedAndHead(NamedTuple):
 
     def _embed(self, taps: nnx.State, micro) -> jax.Array:
         tokens, doc_start = model_inputs(micro, self.loss_fn.lookahead)
-        return self._model(taps).prefix(tokens, self.layout, self.remat, doc_start)
+        return self._model(taps).embed_and_dense(tokens, self.layout, self.remat, doc_start)
 
     def _loss(self, taps: nnx.State, x: jax.Array, micro):
         """A micro-batch's part of the loss, that of the balance of MTP's experts included."""
@@ -191,7 +191,7 @@ class _Layer:
             return Deferred(value, Name(path), factors if shapes else factors[path])
 
         block = nnx.merge(self.graph, map_params(ready, params), bias)
-        positions = positions_of(jnp.zeros(x.shape[:2], jnp.int32), self.layout)
+        positions = token_positions(jnp.zeros(x.shape[:2], jnp.int32), self.layout)
         y, stats = block(x, positions, self.layout, doc_start)
         return (y, stats.balance), stats
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.deepseek import DeepSeekV3
-from dsv3_jax.model.moe import BalanceBias, Redundant
+from dsv3_jax.model.moe import BalanceBias, RedundantExperts
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import named_arrays, param_specs
 from dsv3_jax.progress import byte_bar
@@ -49,7 +49,7 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
 
 def parts_of(model: DeepSeekV3):
     """Graph definition, parameters, balance bias, placement of redundant experts."""
-    return nnx.split(model, nnx.Param, BalanceBias, Redundant)
+    return nnx.split(model, nnx.Param, BalanceBias, RedundantExperts)
 
 
 def make_model(config: Config) -> DeepSeekV3:

@@ -163,7 +163,7 @@ def make_step(
         norm, limit = optax.tree.norm(grads), max_grad_norm(state, config.guard)
         good = norm <= limit  # False if it is not a number
         if stats is not None:
-            good = good & ~stats.lost.any()
+            good = good & ~stats.n_nonfinite.any()
         mean = mean_grad_norm(state.usual_norm, norm, state.step)
         updated = TrainState(state.step + 1, params, bias, moments, mean)
         state = jax.tree.map(lambda new, old: jax.lax.select(good, new, old), updated, state)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -9,7 +10,10 @@ from flax import nnx
 from dsv3_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import all_gather_params, named_arrays
+from dsv3_jax.serving.decode import DecodeModel
+from dsv3_jax.serving.model_view import ModelView
 from sharding.layout import Layout
+from sharding.mesh import MeshSpec, make_mesh
 
 BATCH, LENGTH = 2, 7
 ATTENTION = AttentionConfig(
@@ -69,6 +73,17 @@ def assert_close(got, want, tolerance=1e-5):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+
+
+def decode_model(model) -> DecodeModel:
+    """The model as decoding uses it; `model` loses its arrays."""
+    return ModelView.take(model, make_mesh(MeshSpec(), jax.devices()[:1])).model
+
+
+def attend(module, h, positions):
+    """Attention of an MLA module to the whole sequence, as blocks run it."""
+    (y,) = module(h, positions, module.compress_kv(h, positions))
+    return y
 
 
 def attention_weights(values: dict, prefix: str = "") -> dict:

@@ -9,6 +9,7 @@ import jax
 from dsv3_jax.data import Prompts, load_prompts
 from dsv3_jax.evaluation.scorer import Scorer
 from dsv3_jax.serving.generator import Generator
+from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.weights.pretrained import load_model
 from dsv3_jax.weights.sources import open_weights
 from sharding.mesh import make_mesh, parse_mesh
@@ -34,5 +35,6 @@ def scorer(mesh_text: str = "dp1", batch: int = 8) -> Scorer:
     spec = parse_mesh(mesh_text)
     mesh = make_mesh(spec, jax.devices()[: spec.n_devices])
     source = open_weights(CHECKPOINT)
-    generator = Generator(load_model(source, "float32", mesh), mesh, multiple=128)
+    view = ModelView.take(load_model(source, "float32", mesh), mesh)
+    generator = Generator(view, multiple=128)
     return Scorer(generator, source.max_length, batch, shortest=source.max_length)

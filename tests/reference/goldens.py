@@ -5,10 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from reference.cases import attend
 
 from dsv3_jax import load_pretrained
-from dsv3_jax.model.deepseek import DeepSeekV3, positions_of
-from dsv3_jax.model.router import choose_experts
+from dsv3_jax.model.deepseek import DeepSeekV3, token_positions
+from dsv3_jax.model.router import route_tokens
 from sharding.layout import Layout
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -33,12 +34,12 @@ def layer_by_layer(model: DeepSeekV3, tokens) -> dict:
         dense = i < model.config.n_dense
         stacked, index = (model.dense, i) if dense else (model.moe, i - model.config.n_dense)
         block = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        residual = x + block.attention(block.attention_norm(x), positions_of(tokens))
+        residual = x + attend(block.attention, block.attention_norm(x), token_positions(tokens))
         if not dense:
             scores = jax.nn.sigmoid(block.ffn.router_logits(block.ffn_norm(residual)))
             flat = scores.reshape(-1, scores.shape[-1])
-            out[f"router.{i}"] = choose_experts(flat, block.ffn.bias[...], block.ffn.config)
-        new, _ = block(x, positions_of(tokens), Layout())
+            out[f"router.{i}"] = route_tokens(flat, block.ffn.bias[...], block.ffn.config)
+        new, _ = block(x, token_positions(tokens), Layout())
         out |= {f"attn_out.layer{i}": residual - x, f"mlp_out.layer{i}": new - residual}
         out[f"hidden.layer{i}"] = x = new
     return out | {"hidden.final_norm": model.norm(x)}
