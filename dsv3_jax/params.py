@@ -241,10 +241,11 @@ def grads_from_taps(state: nnx.State, grads: nnx.State) -> nnx.State:
 
 
 def take_arrays(module: nnx.Module) -> dict:
-    """Move all arrays out of a module; return them by path, as their only owner.
+    """Move all arrays out of a module and return them by path, as their only owner.
 
-    The module can't be used any more. `nnx.map_state`, with which models are filled, leaves
-    reference cycles behind that would keep a new model's arrays alive: they are collected first.
+    The module can't be used any more. NNX leaves reference cycles behind, when models are filled
+    and when states are flattened, that would keep the arrays alive: they are collected.
     """
+    arrays = named_arrays(nnx.pop(module, nnx.Variable))
     gc.collect()
-    return named_arrays(nnx.pop(module, nnx.Variable))
+    return arrays

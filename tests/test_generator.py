@@ -88,7 +88,7 @@ def test_a_row_does_not_depend_on_the_others():
 )
 def test_a_mesh_changes_nothing(mesh, sampling):
     """Three rows are no multiple of its shares: the batch is padded."""
-    assert len(PROMPTS) % parse_mesh(mesh).data
+    assert len(PROMPTS) % parse_mesh(mesh).n_data_shards
     np.testing.assert_array_equal(tokens(mesh, sampling), tokens("dp1", sampling))
 
 

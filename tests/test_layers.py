@@ -151,7 +151,8 @@ def test_k_rope_is_one_head_for_all(monkeypatch):
     module, values = build(lambda: MLA(CONFIG, rngs=nnx.Rngs(0)))
     module.out.kernel.set_value(jnp.eye(15, 20))
     h = inputs()
-    heads = jax.jit(attend)(module, h, positions())[..., :15].reshape(BATCH, LENGTH, 3, 5)
+    run = jax.jit(lambda h: attend(module, h, positions()))  # traced anew
+    heads = run(h)[..., :15].reshape(BATCH, LENGTH, 3, 5)
     down, frequencies = values["kv_down.kernel"], reference.rope_frequencies(6, 100.0)
     assert down.shape == (20, 10 + 6)  # so many numbers a token does a cache hold
     for b, head in np.ndindex(BATCH, 3):

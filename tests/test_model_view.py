@@ -1,5 +1,6 @@
 """A view of a training state generates as a fresh view does, and leaves the state alone."""
 
+import dataclasses
 import functools
 import weakref
 
@@ -70,10 +71,11 @@ def test_a_live_training_state(zero):
 
 
 def test_mtp_logits_are_those_of_the_model():
-    model, _ = build(lambda: DeepSeekV3(CONFIG, Policy(), rngs=nnx.Rngs(0)))
+    config = dataclasses.replace(CONFIG, mtp_depth=1)
+    model, _ = build(lambda: DeepSeekV3(config, Policy(), rngs=nnx.Rngs(0)))
     mesh = make_mesh(parse_mesh("dp1"), jax.devices()[:1])
-    tokens = np.random.default_rng(3).integers(0, CONFIG.vocab_size, (3, 9), np.int32)
-    view = ModelView.of_state(CONFIG, Policy(), mesh, nnx.state(model))
+    tokens = np.random.default_rng(3).integers(0, config.vocab_size, (3, 9), np.int32)
+    view = ModelView.of_state(config, Policy(), mesh, nnx.state(model))
 
     def run(model, tokens):
         logits = model.logits(decode.hidden_states(model, tokens, view.layout), view.layout)
