@@ -12,7 +12,7 @@ from flax import nnx
 from reference.cases import CONFIG, assert_close, build
 from reference.compilations import compilations
 from reference.goldens import GOLDENS
-from reference.small_step import batch_of, config_of
+from reference.small_step import batch_of, config_of, loss_of
 
 from dsv3_jax import load_pretrained
 from dsv3_jax.model.deepseek import DeepSeekV3
@@ -43,7 +43,7 @@ def training(zero: int):
     layout, policy = layout_of(config, spec), Policy.of(config.precision)
     optimizer = make_optimizer(config.optimizer, policy)
     state = fresh_state(config, optimizer, abstract_state(config, optimizer, mesh, layout))
-    return config, mesh, state, make_step(config, optimizer, mesh, layout)
+    return config, mesh, state, make_step(config, optimizer, mesh, layout, loss_of(config))
 
 
 @pytest.mark.parametrize("zero", [1, 3])

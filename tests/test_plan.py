@@ -21,7 +21,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.interconnect import lay_out
 from dsv3_jax.layer_scan import kept_by
-from dsv3_jax.model.deepseek import abstract_model, positions_of
+from dsv3_jax.model.deepseek import abstract_model, token_positions
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.params import all_gather_params, param_specs, quantize_params
@@ -121,7 +121,7 @@ def traced_bytes(config: Config, mesh: MeshSpec, moe: bool) -> int:
         weights = all_gather_params(params, layout, policy.compute)
 
         def layer(weights, x):
-            positions = positions_of(jnp.zeros(x.shape[:2], jnp.int32), layout)
+            positions = token_positions(jnp.zeros(x.shape[:2], jnp.int32), layout)
             return nnx.merge(graphdef, weights, rest)(x, positions, layout)[0]
 
         x = jnp.zeros((1, config.train.seq_len, config.model.width), policy.compute)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.deepseek import DeepSeekV3
+from dsv3_jax.model.deepseek import STACKS, DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import named_arrays, param_specs, take_arrays
 from dsv3_jax.serving.decode import DecodeModel
@@ -164,7 +164,7 @@ class ModelView:
 
 
 def _is_stacked(path: str) -> bool:
-    return path.partition(".")[0] in ("dense", "moe", "mtp")
+    return path.partition(".")[0] in STACKS
 
 
 def _unstack(stacked) -> list:
