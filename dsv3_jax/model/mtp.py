@@ -22,7 +22,7 @@ from sharding.layout import Layout
 
 
 class MTP(nnx.Module):
-    """One depth of the chain; `join` is M of equation 21, `eh_proj` in the released weights."""
+    """One depth of the chain; `join` is M of equation 21."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, eps = config.width, config.norm_eps
