@@ -10,7 +10,7 @@ Text streams as it comes. Several prompts run as one batch and are printed one a
 import argparse
 
 from dsv3_jax.cli import add_model_options
-from dsv3_jax.data import Prompts, TextStream, load_prompts
+from dsv3_jax.data.chat import Prompts, StreamingDecoder, load_prompts
 from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.serving.generator import Generator, check_request
 from dsv3_jax.serving.model_view import ModelView
@@ -56,12 +56,14 @@ def main():
 
 
 def _ids(prompts: Prompts, text: str, chat: bool) -> list[int]:
-    return prompts.chat([{"role": "user", "content": text}]) if chat else prompts.text(text)
+    return (
+        prompts.encode_chat([{"role": "user", "content": text}]) if chat else prompts.encode(text)
+    )
 
 
 def show(texts: list[str], steps, prompts: Prompts, stop_ids: tuple[int, ...]):
     """Print each text and its continuation; the first unfinished one grows as tokens come."""
-    streams = [TextStream(prompts.tokenizer) for _ in texts]
+    streams = [StreamingDecoder(prompts.tokenizer) for _ in texts]
     waiting, ended = list(texts), [False] * len(texts)
     shown = 0  # texts before this one are complete
     for step in steps:

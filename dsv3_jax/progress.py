@@ -35,6 +35,13 @@ def byte_bar(what: str, n_bytes: int) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
+def spinner(what: str) -> Iterator[None]:
+    """Show that work goes on whose length is unknown."""
+    with rich.console.Console(stderr=True).status(what):
+        yield
+
+
+@contextlib.contextmanager
 def _shown(
     what: str, total: int, *columns: rich.progress.ProgressColumn, quiet: bool = False
 ) -> Iterator[Advance]:

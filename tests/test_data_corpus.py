@@ -14,8 +14,10 @@ import pytest
 import tokenizers
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data import PackedRows, load, load_tokenizer, unigram_entropy
-from dsv3_jax.data.cache import RECORD, cached
+from dsv3_jax.data.cache import MANIFEST, build_once
+from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.packing import PackedRows, unigram_entropy
+from dsv3_jax.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def data(tmp_path):
 
 
 def small(data, **changes):
-    return load(data, **({"vocab_size": 400, "seq_len": 16, "extra": 2} | changes))
+    return load_corpus(data, **({"vocab_size": 400, "seq_len": 16, "extra": 2} | changes))
 
 
 def test_tokens_are_the_documents_each_with_its_end(data):
@@ -52,7 +54,7 @@ def test_tokens_are_the_documents_each_with_its_end(data):
 
 def test_second_load_reads_the_cache(data, monkeypatch):
     first = small(data)
-    monkeypatch.setattr("dsv3_jax.data.corpus.documents", None)
+    monkeypatch.setattr("dsv3_jax.data.corpus.read_documents", None)
     again = small(data)
     np.testing.assert_array_equal(first.train.tokens, again.train.tokens)
     assert first.tokenizer.fingerprint == again.tokenizer.fingerprint
@@ -76,7 +78,7 @@ FILES = [
     "tokens-*/train.npy",
     "tokens-*/held_out.npy",
     "bpe-*/tokenizer.json",
-    f"tokens-*/{RECORD}",
+    f"tokens-*/{MANIFEST}",
 ]
 
 
@@ -107,12 +109,12 @@ def test_every_flipped_bit_is_found(data, tmp_path, capsys, name):
     small(data)
     (path,) = (tmp_path / "cache").glob(name)
     spare = shutil.copytree(path.parent, tmp_path / "spare")
-    (spare / RECORD).unlink()
+    (spare / MANIFEST).unlink()
     whole = path.read_bytes()
     capsys.readouterr()
     for bit in random.Random(0).sample(range(8 * len(whole)), 50):
         flip(path, bit)
-        cached(path.parent, lambda fresh: shutil.copytree(spare, fresh, dirs_exist_ok=True))
+        build_once(path.parent, lambda fresh: shutil.copytree(spare, fresh, dirs_exist_ok=True))
         assert path.read_bytes() == whole
     assert capsys.readouterr().out.count("is damaged; building it again") == 50
 
@@ -124,7 +126,7 @@ def test_clock_jumps_cost_one_build_and_change_nothing(data, monkeypatch):
         os.utime(path, (time, time))
         assert small(data).fingerprint == first.fingerprint
         with monkeypatch.context() as without:
-            without.setattr("dsv3_jax.data.corpus.documents", None)
+            without.setattr("dsv3_jax.data.corpus.read_documents", None)
             assert small(data).fingerprint == first.fingerprint
 
 
@@ -157,7 +159,7 @@ def test_bad_lines_are_refused_though_a_cache_without_them_is_there(tmp_path):
 def test_tokenizer_without_an_end_is_refused_before_text_is_read(data, tmp_path, monkeypatch):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     backend.save(str(tmp_path / "tokenizer.json"))
-    monkeypatch.setattr("dsv3_jax.data.corpus.documents", None)
+    monkeypatch.setattr("dsv3_jax.data.corpus.read_documents", None)
     with pytest.raises(ValueError, match="no end-of-document token"):
         small(dataclasses.replace(data, tokenizer=str(tmp_path / "tokenizer.json")))
 
@@ -168,16 +170,16 @@ def test_failed_build_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path / "key", half)
+        build_once(tmp_path / "key", half)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_builders_of_one_folder(tmp_path):
     def slow(folder):
-        cached(tmp_path / "key", lambda other: (other / "a").write_text("same"))
+        build_once(tmp_path / "key", lambda other: (other / "a").write_text("same"))
         (folder / "a").write_text("same")
 
-    assert (cached(tmp_path / "key", slow) / "a").read_text() == "same"
+    assert (build_once(tmp_path / "key", slow) / "a").read_text() == "same"
 
 
 def test_tokenizer_with_more_ids_than_the_model(data, tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.data.cache import RECORD, is_whole
-from dsv3_jax.data.text import documents
+from dsv3_jax.data.cache import MANIFEST, is_intact
+from dsv3_jax.data.text import read_documents
 from tools.fetch_text import fetch, main
 
 pytestmark = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="makes .deb files")
@@ -102,7 +102,7 @@ def test_docs_are_a_file_a_package_and_a_document_a_line(archive, tmp_path, caps
     folder = tmp_path / "data" / "docs"
     fetch("debian-docs", folder)
     names = {"anarchism", "dict-gcide", "git-doc", "linux-doc-6.12", "perl-doc", "python3.11-doc"}
-    assert {path.name for path in folder.iterdir()} == {RECORD, *(f"{n}.jsonl" for n in names)}
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, *(f"{n}.jsonl" for n in names)}
     linux = {"usr/doc/a.rst.gz": "first", "usr/doc/b.rst.gz": "naïve\n"}
     assert read(folder / "linux-doc-6.12.jsonl") == linux
     assert read(folder / "python3.11-doc.jsonl") == {"usr/html/_sources/x.rst.txt": "x = 1"}
@@ -122,7 +122,7 @@ def test_wordnet_is_its_files_and_comes_once(archive, tmp_path, capsys):
     folder = tmp_path / "wordnet"
     fetch("wordnet", folder)
     assert (folder / "data.noun").read_bytes() == b"00001740 03 n"
-    assert {path.name for path in folder.iterdir()} == {RECORD, "data.noun"}
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, "data.noun"}
     shutil.rmtree(archive)
     fetch("wordnet", folder)
     assert "is there already" in capsys.readouterr().out
@@ -133,7 +133,7 @@ def test_command_writes_what_train_reads_and_says_how(archive, tmp_path, monkeyp
     monkeypatch.setattr("sys.argv", ["fetch", "debian-docs"])
     main()
     assert "--set data.source=runs/data/debian-docs" in capsys.readouterr().out
-    assert len(list(documents("runs/data/debian-docs", "text", "refuse"))) == 9
+    assert len(list(read_documents("runs/data/debian-docs", "text", "refuse"))) == 9
     Path("runs/data/debian-docs/git-doc.jsonl").unlink()
     with pytest.raises(SystemExit, match="error: runs/data/debian-docs exists, but"):
         main()
@@ -173,7 +173,7 @@ def test_package_without_the_files(archive, tmp_path):
     shutil.copy(archive / "git-doc.deb", archive / "wordnet-base.deb")
     with pytest.raises(ValueError, match=r"wordnet-base .* has no files \*/share/wordnet/\*"):
         fetch("wordnet", tmp_path / "wordnet")
-    assert not is_whole(tmp_path / "wordnet")
+    assert not is_intact(tmp_path / "wordnet")
 
 
 def test_system_without_apt(tmp_path, monkeypatch):

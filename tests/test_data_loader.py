@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dsv3_jax.data import Loader, PackedRows, eval_batches
+from dsv3_jax.data.loader import Loader, eval_batches
+from dsv3_jax.data.packing import PackedRows
 from dsv3_jax.schedules import BatchSizes
 
 ROWS = PackedRows(np.arange(1000, dtype=np.uint16), seq_len=13, extra=2)  # 76 rows

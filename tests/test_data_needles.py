@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data import needles
-from dsv3_jax.data.text import documents
+from dsv3_jax.data.text import read_documents
 
 FACT = re.compile(r"Remember (\w+) (\d+)\.")
 LINES = [f"line {n} of a text that nobody reads" for n in range(500)]
 SIZE = 6000
 
 
-HOW = {"size": SIZE, "names": 16, "between": 3.0}
+OPTIONS = {"size": SIZE, "max_names": 16, "max_gap": 3.0}
 
 
-def texts(n: int, seed: int = 0, **how) -> list[str]:
-    return list(needles.generate(LINES, n, seed, **HOW | how))
+def texts(n: int, seed: int = 0, **options) -> list[str]:
+    return list(needles.generate_documents(LINES, n, seed, **OPTIONS | options))
 
 
 def test_a_seed_decides_every_document():
@@ -57,9 +57,9 @@ def test_all_else_is_filler_in_order():
 
 
 def test_names_and_filler_are_bounded():
-    told = [FACT.findall(text) for text in texts(40, names=3)]
+    told = [FACT.findall(text) for text in texts(40, max_names=3)]
     assert {len(set(pairs)) for pairs in told} == {1, 2, 3}
-    dense, loose = (texts(20, between=between) for between in (0.0, 8.0))
+    dense, loose = (texts(20, max_gap=gap) for gap in (0.0, 8.0))
     assert not any("line" in text for text in dense)
     per_fact = [text.count("reads") / len(FACT.findall(text)) for text in loose]
     assert min(per_fact) < 0.1 and 1.0 < max(per_fact) < 12.0
@@ -69,18 +69,20 @@ def test_filler_reads_like_sentences(tmp_path):
     (tmp_path / "a.txt").write_text(
         "\n  Five words stand in here.\n\nfour words are few\nx = {1: 2}\n"
     )
-    assert needles.filler(str(tmp_path)) == ["Five words stand in here."]
+    assert needles.filler_lines(str(tmp_path)) == ["Five words stand in here."]
 
 
 def test_plain_filler_needs_no_source():
-    assert len(needles.filler("plain")) == 6
-    assert all(line.endswith(".") and len(line.split()) > 5 for line in needles.filler("plain"))
+    assert len(needles.filler_lines("plain")) == 6
+    assert all(
+        line.endswith(".") and len(line.split()) > 5 for line in needles.filler_lines("plain")
+    )
 
 
 def test_a_source_without_sentences(tmp_path):
     (tmp_path / "a.txt").write_text("1\n2\n")
     with pytest.raises(ValueError, match="no line of .* words"):
-        needles.filler(str(tmp_path))
+        needles.filler_lines(str(tmp_path))
 
 
 def test_command_writes_documents_that_training_reads(tmp_path, monkeypatch, capsys):
@@ -90,7 +92,7 @@ def test_command_writes_documents_that_training_reads(tmp_path, monkeypatch, cap
     command += f" --size {SIZE} --names 16 --between 3"
     monkeypatch.setattr(sys, "argv", command.split())
     needles.main()
-    assert [text for _, text in documents(str(out), "text", "refuse")] == texts(3)
+    assert [text for _, text in read_documents(str(out), "text", "refuse")] == texts(3)
     assert "3 documents" in capsys.readouterr().out
     assert len([json.loads(line) for line in (out / "needles.jsonl").open()]) == 3
 

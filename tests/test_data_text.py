@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 
-from dsv3_jax.data.split import cut, split
-from dsv3_jax.data.text import documents, files, identity
+from dsv3_jax.data.corpus import cut_at_lines, split_held_out
+from dsv3_jax.data.text import read_documents, source_files, source_identity
 
 
 def texts(path, bad_lines: str = "refuse") -> dict[str, str]:
-    return dict(documents(str(path), "text", bad_lines))
+    return dict(read_documents(str(path), "text", bad_lines))
 
 
 def test_folder_is_sorted_and_leaves_out_hidden_linked_and_binary_files(tmp_path, capsys):
@@ -23,7 +23,7 @@ def test_folder_is_sorted_and_leaves_out_hidden_linked_and_binary_files(tmp_path
     (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     (tmp_path / "twin.txt").symlink_to(tmp_path / "b.txt")
-    names = [name for name, _ in documents(str(tmp_path), "text", "refuse")]
+    names = [name for name, _ in read_documents(str(tmp_path), "text", "refuse")]
     assert names == ["a.md", "b.txt", "sub/c.rst"]
     says = "left out 1 files that are not UTF-8 text (model.bin); 1 empty documents (empty.txt)"
     assert says in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_enormous_lines_are_cut(tmp_path):
     (tmp_path / "b.txt").write_text("x" * 1_000_000)
     found = texts(tmp_path)
     assert found["a.jsonl:1"] == text
-    train, held_out = split(found.items(), 0.1)
+    train, held_out = split_held_out(found.items(), 0.1)
     assert max(map(len, train + held_out)) <= 1 << 16
     assert sum(map(len, train + held_out)) == len(text) + 2 + 1_000_000
 
@@ -125,7 +125,7 @@ def test_missing_path_gives_the_nearest_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="did you mean 'corpus'"):
         texts(tmp_path / "corpsu" / "*.txt")
     with pytest.raises(FileNotFoundError, match="did you mean 'instant'"):
-        list(documents("instnat", "text", "refuse"))
+        list(read_documents("instnat", "text", "refuse"))
 
 
 def test_no_text_at_all(tmp_path):
@@ -137,11 +137,11 @@ def test_no_text_at_all(tmp_path):
 
 
 def test_instant_is_sources_and_topics_without_tests():
-    names = [name for name, _ in files("instant")]
+    names = [name for name, _ in source_files("instant")]
     assert names == sorted(names)
     assert {"abc.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(names)
     assert not any(part in ("test", "tests") for name in names for part in name.split("/"))
-    found = dict(documents("instant", "text", "refuse"))
+    found = dict(read_documents("instant", "text", "refuse"))
     assert "lambda" in found["pydoc_data/topics.py:lambda"]
     assert 5e6 < sum(map(len, found.values())) < 20e6
 
@@ -149,46 +149,46 @@ def test_instant_is_sources_and_topics_without_tests():
 def test_identity_changes_with_a_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
-    before = identity(str(tmp_path))
-    assert before == identity(str(tmp_path))
+    before = source_identity(str(tmp_path))
+    assert before == source_identity(str(tmp_path))
     path.write_text("three")
-    assert before != identity(str(tmp_path))
+    assert before != source_identity(str(tmp_path))
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
 def test_cut_loses_nothing_and_ends_at_lines(size):
     text = "".join(f"line {i} {'x' * (i % 13)}\n" for i in range(200)) + "no end"
-    parts = list(cut(text, size))
+    parts = list(cut_at_lines(text, size))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= size
     if size >= 100:
         assert all(part.endswith("\n") for part in parts[:-1])
 
 
-def test_split_is_disjoint_whole_repeatable_and_of_the_share_asked_for():
+def test_split_is_disjoint_whole_repeatable_and_of_the_fraction_asked_for():
     docs = [(f"{i}.txt", f"document {i}\n" * 20) for i in range(300)]
-    train, held_out = split(docs, 0.1)
-    assert (train, held_out) == split(docs, 0.1)
+    train, held_out = split_held_out(docs, 0.1)
+    assert (train, held_out) == split_held_out(docs, 0.1)
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(text for _, text in docs)
-    share = sum(map(len, held_out)) / sum(len(text) for _, text in docs)
-    assert 0.1 <= share < 0.11
-    assert set(held_out) < set(split(docs, 0.3)[1])
+    fraction = sum(map(len, held_out)) / sum(len(text) for _, text in docs)
+    assert 0.1 <= fraction < 0.11
+    assert set(held_out) < set(split_held_out(docs, 0.3)[1])
 
 
 def test_split_does_not_depend_on_the_interpreter():
     """Golden: hash() changes with PYTHONHASHSEED, this must not."""
-    held_out = split([(f"{i}.txt", f"{i:03d}") for i in range(100)], 0.03)[1]
+    held_out = split_held_out([(f"{i}.txt", f"{i:03d}") for i in range(100)], 0.03)[1]
     assert held_out == ["036", "067", "073"]
 
 
-def test_a_single_file_has_both_sides():
+def test_a_single_file_has_both_splits():
     text = "".join(f"line {i}\n" for i in range(5000))
-    train, held_out = split([("a.txt", text)], 0.02)
+    train, held_out = split_held_out([("a.txt", text)], 0.02)
     assert 0.02 <= sum(map(len, held_out)) / len(text) < 0.05
     assert sum(map(len, train + held_out)) == len(text)
 
 
 def test_split_without_train_text():
-    with pytest.raises(ValueError, match=r"data.held_out=0.5 .* 1 pieces .*1 characters"):
-        split([("a.txt", "x")], 0.5)
+    with pytest.raises(ValueError, match=r"data.held_out=0.5 .* 1 passages .*1 characters"):
+        split_held_out([("a.txt", "x")], 0.5)

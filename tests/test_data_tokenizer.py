@@ -6,7 +6,7 @@ import random
 import pytest
 import tokenizers
 
-from dsv3_jax.data import Tokenizer, load_tokenizer, train_bpe
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 TEXT = ["the cat sat on the mat, and the dog sat on the cat\n" * 20, "naïve café\n" * 9]
 ODD = [

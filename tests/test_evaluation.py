@@ -197,7 +197,7 @@ def test_bad_sizes(sizes):
 
 def test_prefix_without_bos():
     """Where the tokenizer has none, a text stands after the end of another."""
-    bare = dataclasses.replace(prompts(), special={})
+    bare = dataclasses.replace(prompts(), special_tokens={})
     assert prefix_id(prompts()) == 0 and prefix_id(bare) == bare.stop_ids[0] == 1
 
 

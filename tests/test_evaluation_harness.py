@@ -37,7 +37,7 @@ def _data_sets_leave_nothing(tmp_path, monkeypatch):
 
 
 def model(run: str) -> HarnessModel:
-    return HarnessModel(scorer(), dataclasses.replace(prompts(), adds_bos=run == "bos_default"))
+    return HarnessModel(scorer(), dataclasses.replace(prompts(), add_bos=run == "bos_default"))
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def samples(run: str, task: str) -> list[dict]:
 
 
 def test_the_folder_says_whether_prompts_begin_with_bos():
-    assert prompts().adds_bos
+    assert prompts().add_bos
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -13,7 +13,8 @@ from reference.cases import CONFIG, build
 from reference.train_command import ROOT, command
 
 from dsv3_jax import generate, save_pretrained
-from dsv3_jax.data import Prompts, Tokenizer, train_bpe
+from dsv3_jax.data.chat import Prompts
+from dsv3_jax.data.tokenizer import Tokenizer, train_bpe
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.serving.generator import Generator, Step

@@ -13,8 +13,9 @@ from flax import nnx
 from reference.cases import CONFIG, build
 
 from dsv3_jax import save_pretrained
-from dsv3_jax.data import Prompts, Tokenizer, train_bpe
-from dsv3_jax.data.needles import NAMES, filler, generate
+from dsv3_jax.data.chat import Prompts
+from dsv3_jax.data.needles import NAMES, filler_lines, generate_documents
+from dsv3_jax.data.tokenizer import Tokenizer, train_bpe
 from dsv3_jax.evaluation import needle
 from dsv3_jax.evaluation.scorer import Pair, Score
 from dsv3_jax.model.deepseek import DeepSeekV3
@@ -28,7 +29,7 @@ LENGTHS, DEPTHS = (200, 300), (0.0, 0.5, 1.0)
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    return train_bpe(generate(LINES, 8, 0, size=4000, names=16, between=3.0), 400)
+    return train_bpe(generate_documents(LINES, 8, 0, size=4000, max_names=16, max_gap=3.0), 400)
 
 
 def haystacks(n_others: int = 3, seed: int = 0, lines: list = LINES) -> needle.Haystacks:
@@ -173,7 +174,7 @@ def test_command_writes_picture_and_numbers(folder, tmp_path, monkeypatch, capsy
     assert saved["title"] == "model" and saved["lengths"] == [120, 150]
     assert saved["depths"] == [0.0, 0.5, 1.0] and np.shape(saved["found"]) == (3, 2)
     assert np.max(saved["log_prob"]) < 0.0
-    same = haystacks(n_others=0, lines=filler(str(tmp_path / "hay.txt")))
+    same = haystacks(n_others=0, lines=filler_lines(str(tmp_path / "hay.txt")))
     answers = [plain_log_probability(same.pair(120, 0.5, trial)) for trial in range(2)]
     assert saved["log_prob"][1][0] == pytest.approx(np.mean(answers), rel=1e-4)
     assert "120 tokens: found 0." in capsys.readouterr().out

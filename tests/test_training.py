@@ -14,7 +14,7 @@ from reference.train_command import ROOT, command, rows_of
 import train
 from configs import load_preset
 from dsv3_jax.config_cli import override
-from dsv3_jax.data import train_bpe
+from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer

@@ -26,7 +26,7 @@ from typing import IO
 from rich.console import Console
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.cache import cached, is_whole
+from dsv3_jax.data.cache import build_once, is_intact
 from dsv3_jax.errors import errors_as_messages
 
 UPDATE = "apt-get update (as root) brings apt's lists up to date"
@@ -86,7 +86,7 @@ def fetch(source: str, folder: Path):
         ValueError: `folder` holds something else, or apt does not know a package.
         OSError: a download or an archive is broken.
     """
-    if is_whole(folder):
+    if is_intact(folder):
         print(f"{folder} is there already, whole")
         return
     if folder.exists():
@@ -114,7 +114,7 @@ def fetch(source: str, folder: Path):
                 found = write(package, name, archive, fresh)
             print(f"{name} ({package.licence}): {found}")
 
-    cached(folder, build)
+    build_once(folder, build)
     print(f"{folder} is ready; what is in it stays under the licences in parentheses")
 
 

@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent, so that a killed run leaves nothing half-written."""
+"""Folders that are either complete or absent, so that a killed run leaves nothing half-written."""
 
 import hashlib
 import json
@@ -11,21 +11,21 @@ from pathlib import Path
 from dsv3_jax.files import file_crc32
 
 FORMAT = 2  # raise it when the meaning of a cached file changes
-RECORD = ".record.json"  # hidden, so that it is no document of a folder of text
+MANIFEST = ".record.json"  # hidden, so that a folder of text does not take it for a document
 
 
-def key(*parts) -> str:
-    """A short hash of `parts` (plain values) for the name of a folder."""
-    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:16]
+def cache_key(*values) -> str:
+    """Return a short hash of plain values, for the name of a folder."""
+    return hashlib.sha256(json.dumps([FORMAT, *values]).encode()).hexdigest()[:16]
 
 
-def cached(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, which `build` has filled now or in an earlier run.
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Return `folder` after `build` has filled it, now or in an earlier run.
 
-    `build` writes into a scratch folder that takes its name in one step. A folder whose files are
-    not those of its record, by size and CRC, is built again, and a line says so.
+    `build` writes into a scratch folder, which is then renamed in one step. A folder whose files
+    differ from its manifest in size or CRC is built again, and a line says so.
     """
-    if is_whole(folder):
+    if is_intact(folder):
         return folder
     if folder.exists():
         print(f"the cache {folder} is damaged; building it again")
@@ -35,30 +35,29 @@ def cached(folder: Path, build: Callable[[Path], None]) -> Path:
         fresh = Path(scratch, folder.name)
         fresh.mkdir()
         build(fresh)
-        (fresh / RECORD).write_bytes(_record(fresh))
+        (fresh / MANIFEST).write_bytes(_manifest(fresh))
         try:
             os.replace(fresh, folder)
         except OSError:
-            # Another process was faster; its folder serves as well if it is whole.
-            if not is_whole(folder):
+            # Another process was faster; its folder is as good if it is intact.
+            if not is_intact(folder):
                 raise
     return folder
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether the files of `folder` are, bit for bit, those that `cached` left there."""
-    record = folder / RECORD
-    return record.is_file() and record.read_bytes() == _record(folder)
+def is_intact(folder: Path) -> bool:
+    """Return whether the files of `folder` are, bit for bit, as `build_once` left them."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and manifest.read_bytes() == _manifest(folder)
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash of what a whole folder holds; the same on every machine, whenever it was built."""
-    return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+def content_hash(folder: Path) -> str:
+    """Return a hash of the content of an intact folder, the same on every machine."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
-def _record(folder: Path) -> bytes:
-    """Name, size and CRC of every file."""
-    paths = sorted(path for path in folder.iterdir() if path.name != RECORD)
-    return json.dumps(
-        {path.name: [path.stat().st_size, file_crc32(path)] for path in paths}
-    ).encode()
+def _manifest(folder: Path) -> bytes:
+    """Return name, size and CRC of every file as JSON."""
+    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    sizes_and_sums = {path.name: [path.stat().st_size, file_crc32(path)] for path in paths}
+    return json.dumps(sizes_and_sums).encode()

@@ -1,4 +1,4 @@
-"""Text and conversations to the prompts that a checkpoint folder's model was trained on."""
+"""Prompts as the model of a checkpoint folder was trained on: plain text and conversations."""
 
 import dataclasses
 import datetime
@@ -10,31 +10,31 @@ import jinja2
 from jinja2 import ext, sandbox
 from tokenizers import decoders
 
-from dsv3_jax.data.tokenizer import END_NAMES, Tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import EOS_NAMES, Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """What a checkpoint folder says about prompts: tokenizer, chat template, special tokens."""
+    """The tokenizer, chat template and special tokens of a checkpoint folder."""
 
     tokenizer: Tokenizer
     template: str | None  # jinja2
-    special: dict[str, str]  # bos_token, eos_token, pad_token ... as text
-    adds_bos: bool  # plain prompts begin with bos
+    special_tokens: dict[str, str]  # bos_token, eos_token, pad_token ... as text
+    add_bos: bool  # plain prompts begin with bos
     stop_ids: tuple[int, ...]  # ids that end a continuation
 
-    def text(self, prompt: str) -> list[int]:
-        """Ids of a plain prompt, with one bos in front where the model expects it."""
+    def encode(self, prompt: str) -> list[int]:
+        """Return the ids of a plain prompt, with one bos in front where the model expects it."""
         ids = self.tokenizer.encode(prompt)
-        bos = [_id_of("bos_token", self.special, self.tokenizer)] if self.adds_bos else []
+        bos = [_id_of("bos_token", self.special_tokens, self.tokenizer)] if self.add_bos else []
         return ids if ids[: len(bos)] == bos else bos + ids
 
-    def chat(self, messages: object, **variables: object) -> list[int]:
-        """Ids of `render`'s text; special tokens count as such, in a message's content too."""
+    def encode_chat(self, messages: object, **variables: object) -> list[int]:
+        """Return the ids of `render`'s text; special tokens are read in messages, too."""
         return self.tokenizer.encode(self.render(messages, **variables))
 
     def render(self, messages: object, **variables: object) -> str:
-        """The conversation as the template writes it, up to where the assistant answers.
+        """Render the conversation by the template, up to where the assistant answers.
 
         Args:
             messages: list of {"role", "content"} dicts as a request holds it; checked here.
@@ -44,7 +44,7 @@ class Prompts:
             ValueError: no conversation, no template, or the template fails on this conversation.
         """
         given = {"add_generation_prompt": True, "tools": None, "documents": None}
-        given |= self.special | variables | {"messages": check_messages(messages)}
+        given |= self.special_tokens | variables | {"messages": check_messages(messages)}
         compiled = self._compiled
         try:
             return compiled.render(given)
@@ -63,8 +63,8 @@ class Prompts:
             raise ValueError(f"broken chat template, line {error.lineno}: {error}") from error
 
 
-class TextStream:
-    """Text of ids that come one by one; pushes and flush join to the text of all ids."""
+class StreamingDecoder:
+    """Decodes ids that come one by one; pushes and flush join to the text of all ids."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -73,19 +73,19 @@ class TextStream:
         self.n_sent = 0  # characters
 
     def push(self, token_id: int) -> str:
-        """What `token_id` completes: nothing as long as its last character is not whole."""
+        """Return the text that `token_id` completes, up to the last whole character."""
         self.ids.append(token_id)
         text = self.stream.step(self.tokenizer.backend, token_id) or ""
         self.n_sent += len(text)
         return text
 
     def flush(self) -> str:
-        """What was held back, broken characters as U+FFFD; no push may follow."""
+        """Return what was held back, broken characters as U+FFFD; no push may follow."""
         return self.tokenizer.decode(self.ids)[self.n_sent :]
 
 
 def load_prompts(directory: str | Path) -> Prompts:
-    """The prompts of a checkpoint folder; of its files only tokenizer.json must be there.
+    """Load the prompts of a checkpoint folder; of its files only tokenizer.json must be there.
 
     Plain prompts begin with bos if tokenizer_config.json says add_bos_token or, where that is
     silent, if tokenizer.json adds it. A continuation ends at any eos id of generation_config.json,
@@ -101,14 +101,14 @@ def load_prompts(directory: str | Path) -> Prompts:
         raise FileNotFoundError(f"{path} does not exist; copy the model's tokenizer.json there")
     tokenizer = load_tokenizer(str(path))
     config = _json_object(folder / "tokenizer_config.json")
-    special = _special_tokens(config)
-    adds_bos = _adds_bos(tokenizer, special, config.get("add_bos_token"))
-    stop_ids = _stop_ids(folder, tokenizer, special)
-    return Prompts(tokenizer, _template(folder, config), special, adds_bos, stop_ids)
+    special_tokens = _special_tokens(config)
+    add_bos = _adds_bos(tokenizer, special_tokens, config.get("add_bos_token"))
+    stop_ids = _stop_ids(folder, tokenizer, special_tokens)
+    return Prompts(tokenizer, _template(folder, config), special_tokens, add_bos, stop_ids)
 
 
 def check_messages(messages: object) -> list[dict]:
-    """`messages`, or a ValueError if they are no list of {"role", "content"} dicts."""
+    """Return `messages`, or raise a ValueError if they are no list of {"role", "content"} dicts."""
     shape = '{"role": text, "content": text, list of parts or null}'
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages={messages!r:.40} must be a list of one or more {shape}")
@@ -121,7 +121,7 @@ def check_messages(messages: object) -> list[dict]:
 
 
 def _json_object(path: Path) -> dict:
-    """The object in a JSON file, empty if there is no such file."""
+    """Read the object in a JSON file, empty if there is no such file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:  # broken JSON, or no UTF-8
@@ -132,7 +132,7 @@ def _json_object(path: Path) -> dict:
 
 
 def _special_tokens(config: dict) -> dict[str, str]:
-    """Every *_token of tokenizer_config.json that is a text or an AddedToken."""
+    """Return every *_token of tokenizer_config.json that is a text or an AddedToken."""
     named = ((name, value) for name, value in config.items() if name.endswith("_token"))
     texts = {name: value["content"] if isinstance(value, dict) else value for name, value in named}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -148,41 +148,43 @@ def _template(folder: Path, config: dict) -> str | None:
     return template
 
 
-def _adds_bos(tokenizer: Tokenizer, special: dict[str, str], flag: bool | None) -> bool:
+def _adds_bos(tokenizer: Tokenizer, special_tokens: dict[str, str], flag: bool | None) -> bool:
     added = tokenizer.backend.encode("", add_special_tokens=True).tokens[:1]
-    adds_bos = added == [special.get("bos_token")] if flag is None else flag
-    if adds_bos:
-        _id_of("bos_token", special, tokenizer)  # there, or an error now
-    return adds_bos
+    add_bos = added == [special_tokens.get("bos_token")] if flag is None else flag
+    if add_bos:
+        _id_of("bos_token", special_tokens, tokenizer)  # there, or an error now
+    return add_bos
 
 
-def _stop_ids(folder: Path, tokenizer: Tokenizer, special: dict[str, str]) -> tuple[int, ...]:
-    ids = []
+def _stop_ids(
+    folder: Path, tokenizer: Tokenizer, special_tokens: dict[str, str]
+) -> tuple[int, ...]:
+    ids: list[int] = []
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = _json_object(path).get("eos_token_id")
         ids += value if isinstance(value, list) else [value] if value is not None else []
         if any(type(i) is not int for i in ids):
             raise ValueError(f"{path}: eos_token_id={value!r} must be an id or a list of ids")
-    if "eos_token" in special:
-        ids.append(_id_of("eos_token", special, tokenizer))
+    if "eos_token" in special_tokens:
+        ids.append(_id_of("eos_token", special_tokens, tokenizer))
     elif not ids:
-        ends = [tokenizer.backend.token_to_id(name) for name in END_NAMES]
+        ends = [tokenizer.backend.token_to_id(name) for name in EOS_NAMES]
         ids = [i for i in ends if i is not None][:1]
     return tuple(dict.fromkeys(ids))
 
 
-def _id_of(name: str, special: dict[str, str], tokenizer: Tokenizer) -> int:
-    token_id = tokenizer.backend.token_to_id(special.get(name, ""))
+def _id_of(name: str, special_tokens: dict[str, str], tokenizer: Tokenizer) -> int:
+    token_id = tokenizer.backend.token_to_id(special_tokens.get(name, ""))
     if token_id is None:
         raise ValueError(
-            f"{name}={special.get(name)!r} of tokenizer_config.json is no token of tokenizer.json; "
-            "take both from the same model"
+            f"{name}={special_tokens.get(name)!r} of tokenizer_config.json is no token of "
+            "tokenizer.json; take both from the same model"
         )
     return token_id
 
 
 def _environment() -> sandbox.ImmutableSandboxedEnvironment:
-    """What chat templates are written for: the switches and helpers of transformers."""
+    """Make the environment that chat templates are written for: that of transformers."""
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.add_extension(ext.loopcontrols)
     # Not jinja2's own tojson, which escapes for HTML.

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
-from rich.console import Console
-from rich.progress import track
 
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.progress import bar
 
 TEXTS_PER_CALL = 64
 Encode = Callable[[str, int], list[int]]
@@ -32,30 +31,28 @@ class Row(NamedTuple):
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer: Tokenizer, side: str, encode: Encode | None = None
+    texts: Sequence[str], tokenizer: Tokenizer, split: str, encode: Encode | None = None
 ) -> Integer[np.ndarray, " T"]:
-    """The ids of all `texts` in a row, each followed by the end-of-document id.
+    """Return the ids of all `texts` in a row, each followed by the end-of-document id.
 
-    `side` names the progress bar. Ids
-    are uint16 where the vocabulary allows it, else uint32.
+    Ids are uint16 where the vocabulary allows it, else uint32.
 
     Args:
+        split: "train" or "held-out", for the progress bar.
         encode: (text, number of the text) -> ids, in place of the tokenizer's own.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    calls = range(0, len(texts), TEXTS_PER_CALL)
-    starts = track(
-        calls, f"tokenizing {side} text", transient=True, disable=not Console().is_terminal
-    )
-
-    def ids_of(start: int) -> list[list[int]]:
-        some = texts[start : start + TEXTS_PER_CALL]
-        if encode is None:
-            return tokenizer.encode_batch(some)
-        return [encode(text, start + number) for number, text in enumerate(some)]
-
-    flat = [np.array([*ids, tokenizer.eos_id], dtype) for start in starts for ids in ids_of(start)]
-    return np.concatenate(flat)
+    encoded = []
+    with bar(f"tokenizing {split} text", len(texts)) as advance:
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            batch = texts[start : start + TEXTS_PER_CALL]
+            if encode is None:
+                ids_of_texts = tokenizer.encode_batch(batch)
+            else:
+                ids_of_texts = [encode(text, start + i) for i, text in enumerate(batch)]
+            encoded += [np.array([*ids, tokenizer.eos_id], dtype) for ids in ids_of_texts]
+            advance(len(batch))
+    return np.concatenate(encoded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +101,7 @@ def document_starts(tokens: Integer[np.ndarray, "*b W"], end_id: int) -> Int32[n
 
 
 def unigram_entropy(tokens: Integer[np.ndarray, " T"]) -> float:
-    """Entropy of the frequencies of `tokens`, in nats a token."""
+    """Return the entropy of the frequencies of `tokens`, in nats per token."""
     counts = np.bincount(tokens)
-    shares = counts[counts > 0] / len(tokens)
-    return float(-(shares * np.log(shares)).sum())
+    frequencies = counts[counts > 0] / len(tokens)
+    return float(-(frequencies * np.log(frequencies)).sum())

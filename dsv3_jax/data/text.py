@@ -13,84 +13,85 @@ from pathlib import Path
 
 from dsv3_jax.errors import did_you_mean
 
-# Folders of the standard library that are tests, other people's packages or code-page tables.
+# Folders of the standard library with tests, other people's packages or code-page tables.
 NOT_INSTANT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
 TOPICS = "pydoc_data/topics.py"
-SHOWN = 3  # places of what is left out
+MAX_EXAMPLES = 3
 
 
 @dataclasses.dataclass
-class LeftOut:
-    """How many of one kind there are that give no text, and the first places."""
+class Skipped:
+    """The number of things of one kind that gave no text, and the first few of them."""
 
     kind: str
     count: int = 0
-    first: list[str] = dataclasses.field(default_factory=list)
+    examples: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, place: str):
+    def add(self, example: str):
         self.count += 1
-        self.first += [place] if self.count <= SHOWN else []
+        if self.count <= MAX_EXAMPLES:
+            self.examples.append(example)
 
     def __str__(self) -> str:
-        more = ", ..." if self.count > SHOWN else ""
-        return f"{self.count} {self.kind} ({', '.join(self.first)}{more})"
+        more = ", ..." if self.count > MAX_EXAMPLES else ""
+        return f"{self.count} {self.kind} ({', '.join(self.examples)}{more})"
 
 
-def documents(source: str, text_field: str, bad_lines: str) -> Iterator[tuple[str, str]]:
-    """Every (name, text) of `source`, in the order of the names.
+def read_documents(source: str, text_field: str, bad_lines: str) -> Iterator[tuple[str, str]]:
+    """Yield every (name, text) of `source`, in the order of the names.
 
-    "instant" is the language reference in `pydoc_data.topics`, a document a topic, with the
+    "instant" is the language reference in `pydoc_data.topics`, a document per topic, with the
     standard library's sources: about 10 MB under the PSF licence, already on the machine. A
-    `.jsonl` file gives a document a line. Other files are a document each. Files that are not
-    UTF-8 or have NUL bytes, documents of white space and, if `bad_lines` is "skip", lines that are
-    no document are left out, and what was left out is printed. Hidden files and symbolic links do
-    not count.
+    `.jsonl` file has a document per line. Every other file is a document. Skipped are files that
+    are not UTF-8 or have NUL bytes, documents of white space and, if `bad_lines` is "skip", lines
+    that are no document; a line that says what was skipped is printed. Hidden files and symbolic
+    links are ignored.
 
     Raises:
         FileNotFoundError: `source` does not exist; the message gives the nearest name.
         ValueError: no text at all or, if `bad_lines` is "refuse", a line that is no document.
     """
-    binary = LeftOut("files that are not UTF-8 text")
-    empty = LeftOut("empty documents")
-    broken = LeftOut("bad lines")
-    found = 0
-    for name, path in files(source):
+    binary = Skipped("files that are not UTF-8 text")
+    empty = Skipped("empty documents")
+    broken = Skipped("bad lines")
+    n_documents = 0
+    for name, path in source_files(source):
         if source == "instant" and name == TOPICS:
-            read = _topics(name)
+            documents = _read_topics(name)
         elif path.suffix == ".jsonl":
-            read = _lines(name, path, text_field, None if bad_lines == "refuse" else broken)
+            documents = _read_lines(name, path, text_field, broken if bad_lines == "skip" else None)
         else:
-            read = _whole(name, path, binary)
-        for place, text in read:
+            documents = _read_file(name, path, binary)
+        for document_name, text in documents:
             if text.strip():
-                found += 1
-                yield place, text
+                n_documents += 1
+                yield document_name, text
             else:
-                empty.add(place)
-    left_out = "; ".join(str(kind) for kind in (binary, empty, broken) if kind.count)
-    if not found:
+                empty.add(document_name)
+    skipped = "; ".join(str(kind) for kind in (binary, empty, broken) if kind.count)
+    if not n_documents:
         raise ValueError(
-            f"data.source={source!r} holds no text; left out: {left_out or 'nothing'}; "
+            f"data.source={source!r} holds no text; left out: {skipped or 'nothing'}; "
             "name a text file, or a folder or glob of them (hidden files and links do not count)"
         )
-    if left_out:
-        print(f"data.source={source!r}: left out {left_out}")
+    if skipped:
+        print(f"data.source={source!r}: left out {skipped}")
 
 
-def identity(source: str) -> list[tuple[str, int, int] | str]:
-    """What changes when the text of `source` may have: each file's name, bytes and mtime in ns.
+def source_identity(source: str) -> list[tuple[str, int, int] | str]:
+    """Return what changes when the text may have: each file's name, bytes and mtime in ns.
 
     Times are compared, never ordered, so a clock that jumps costs no more than tokenizing again.
-    Not seen is a change that keeps both a file's size and its time.
+    A change that keeps both a file's size and its time goes unnoticed.
     """
-    stats = ((name, path.stat()) for name, path in files(source))
+    stats = ((name, path.stat()) for name, path in source_files(source))
     return [sys.version if source == "instant" else "files"] + [
         (name, stat.st_size, stat.st_mtime_ns) for name, stat in stats
     ]
 
 
-def files(source: str) -> list[tuple[str, Path]]:
-    """The files of `source`, sorted, each with its name relative to the source's folder."""
+def source_files(source: str) -> list[tuple[str, Path]]:
+    """Return the files of `source`, sorted, each with its name relative to the source's folder."""
     path = Path(source).resolve()
     if source == "instant":
         root = Path(sysconfig.get_path("stdlib")).resolve()
@@ -99,17 +100,17 @@ def files(source: str) -> list[tuple[str, Path]]:
         return [(path.name, path)]
     elif path.is_dir():
         root, found = path, _walk(path, set())
-    elif glob.has_magic(source) and (root := _fixed_part(path)).is_dir():
+    elif glob.has_magic(source) and (root := _folder_of_glob(path)).is_dir():
         found = root.glob(str(path.relative_to(root)))
     else:
-        raise missing(f"data.source={source!r}", path, ["instant"])
-    kept = (file for file in found if file.resolve() == file and file.is_file())
-    named = ((file.relative_to(root).as_posix(), file) for file in kept)
+        raise not_found_error(f"data.source={source!r}", path, ["instant"])
+    regular = (file for file in found if file.resolve() == file and file.is_file())
+    named = ((file.relative_to(root).as_posix(), file) for file in regular)
     return sorted(pair for pair in named if "/." not in f"/{pair[0]}")
 
 
-def missing(setting: str, path: Path, known: Iterable[str]) -> FileNotFoundError:
-    """The error for a `setting` whose `path` does not exist: what stands where it breaks off."""
+def not_found_error(setting: str, path: Path, known: Iterable[str]) -> FileNotFoundError:
+    """Return the error for a `setting` whose `path` does not exist, with the nearest name."""
     while not path.parent.is_dir():
         path = path.parent
     siblings = {child.name for child in path.parent.iterdir() if child.name[0] != "."}
@@ -119,14 +120,14 @@ def missing(setting: str, path: Path, known: Iterable[str]) -> FileNotFoundError
     )
 
 
-def _walk(root: Path, left_out: set[str]) -> Iterator[Path]:
+def _walk(root: Path, excluded: set[str]) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out and name[0] != "."]
+        folders[:] = [name for name in folders if name not in excluded and name[0] != "."]
         yield from (Path(folder, name) for name in names)
 
 
-def _fixed_part(pattern: Path) -> Path:
-    """The folder that a glob starts from: all before its first wildcard."""
+def _folder_of_glob(pattern: Path) -> Path:
+    """Return all of the pattern before its first wildcard."""
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
 
 
@@ -135,13 +136,13 @@ def _is_instant(file: Path) -> bool:
     return file.suffix == ".py" and not built_here
 
 
-def _topics(name: str) -> Iterator[tuple[str, str]]:
-    entries = importlib.import_module("pydoc_data.topics").topics
-    return ((f"{name}:{topic}", entries[topic]) for topic in sorted(entries))
+def _read_topics(name: str) -> Iterator[tuple[str, str]]:
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return ((f"{name}:{topic}", topics[topic]) for topic in sorted(topics))
 
 
-def _whole(name: str, path: Path, binary: LeftOut) -> Iterator[tuple[str, str]]:
-    """The file as a document, unless it is binary."""
+def _read_file(name: str, path: Path, binary: Skipped) -> Iterator[tuple[str, str]]:
+    """Yield the file as one document, unless it is binary."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -152,15 +153,15 @@ def _whole(name: str, path: Path, binary: LeftOut) -> Iterator[tuple[str, str]]:
         yield name, text
 
 
-def _lines(
-    name: str, path: Path, text_field: str, broken: LeftOut | None
+def _read_lines(
+    name: str, path: Path, text_field: str, broken: Skipped | None
 ) -> Iterator[tuple[str, str]]:
-    """A document a line; bad lines are noted in `broken`, or an error without it."""
+    """Yield a document per line; bad lines are added to `broken`, or an error if that is None."""
     with path.open("rb") as file:  # as bytes, so that only a line feed ends a line
         for number, line in enumerate(file, 1):
             try:
                 content = line.decode("utf-8-sig").strip()
-                text = _json_text(content, text_field) if content else None
+                text = _text_of_json(content, text_field) if content else None
             except ValueError as error:
                 if broken is None:
                     raise ValueError(
@@ -173,8 +174,8 @@ def _lines(
                 yield f"{name}:{number}", text
 
 
-def _json_text(line: str, text_field: str) -> str:
-    """The text in a JSON object, or a ValueError that says why there is none."""
+def _text_of_json(line: str, text_field: str) -> str:
+    """Return the text in a JSON object, or raise a ValueError that says why there is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

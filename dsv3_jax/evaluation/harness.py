@@ -6,7 +6,7 @@ transformers are the goldens of tests/test_evaluation.py.
 
 import json
 
-from dsv3_jax.data import Prompts
+from dsv3_jax.data.chat import Prompts
 from dsv3_jax.evaluation.completions import Completion, Ending, complete
 from dsv3_jax.evaluation.perplexity import prefix_id, windows
 from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
@@ -52,7 +52,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         plain = add_special_tokens is False
-        return self.prompts.tokenizer.encode(string) if plain else self.prompts.text(string)
+        return self.prompts.tokenizer.encode(string) if plain else self.prompts.encode(string)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.prompts.template if chat_template else None

@@ -22,8 +22,8 @@ import matplotlib.figure
 import numpy as np
 
 from dsv3_jax.cli import add_model_options
-from dsv3_jax.data import Prompts, load_prompts
-from dsv3_jax.data.needles import FILLER, NAMES, VALUES, begun, fact, filler
+from dsv3_jax.data.chat import Prompts, load_prompts
+from dsv3_jax.data.needles import FILLER_HELP, NAMES, VALUES, fact, fact_prefix, filler_lines
 from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.evaluation.scorer import Pair, Score, Scorer
 from dsv3_jax.progress import bar
@@ -48,7 +48,7 @@ class Haystacks:
     def __init__(self, prompts: Prompts, lines: Sequence[str], n_others: int, seed: int):
         self.lines, self.n_others, self.seed = lines, n_others, seed
         self.encode = prompts.tokenizer.encode_batch
-        self.begin = prompts.text("")  # bos, where the model expects it
+        self.begin = prompts.encode("")  # bos, where the model expects it
 
     def pair(self, length: int, depth: float, trial: int) -> Pair:
         """A text up to the answer and the answer, `length` tokens together.
@@ -63,7 +63,7 @@ class Haystacks:
         name, *others = rng.permutation(NAMES)[: 1 + self.n_others]
         value, *values = rng.permutation(VALUES)[: 1 + len(others)]
         facts = [fact(*pair) + "\n" for pair in zip(others, values, strict=True)]
-        texts = [fact(name, value) + "\n", begun(name), f" {value}", *facts]
+        texts = [fact(name, value) + "\n", fact_prefix(name), f" {value}", *facts]
         needle, question, answer, *facts = self.encode(texts)
         fixed = sum(map(len, [self.begin, needle, question, answer, *facts]))
         if length < fixed:
@@ -174,7 +174,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--trials", type=int, default=16, help="texts of each cell (default: %(default)s)")
     add("--others", type=int, default=0, help="facts of other names (default: %(default)s)")
-    add("--haystack", default="instant", help=f"{FILLER} (default: %(default)s)")
+    add("--haystack", default="instant", help=f"{FILLER_HELP} (default: %(default)s)")
     add("--batch", type=int, default=8, help="texts at a time (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--title", help="over the picture (default: the folder's name)")
@@ -195,7 +195,7 @@ def main():
         generator = Generator(ModelView.take(model, mesh))
         scorer = Scorer(generator, max(arguments.lengths), arguments.batch)
         prompts = load_prompts(arguments.weights)
-        lines = filler(arguments.haystack)
+        lines = filler_lines(arguments.haystack)
         haystacks = Haystacks(prompts, lines, arguments.others, arguments.seed)
         grid = measure(
             arguments.title or arguments.weights.resolve().name,

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from dsv3_jax.data import Prompts
+from dsv3_jax.data.chat import Prompts
 from dsv3_jax.evaluation.scorer import Pair, Scorer
 from dsv3_jax.progress import Bar, no_bar
 
@@ -72,7 +72,7 @@ def windows(ids: Sequence[int], prefix: int, max_length: int) -> list[Pair]:
 
 def prefix_id(prompts: Prompts) -> int:
     """The id that a text begins after: bos or, where there is none, the end of the text before."""
-    bos = prompts.special.get("bos_token")
+    bos = prompts.special_tokens.get("bos_token")
     found = None if bos is None else prompts.tokenizer.backend.token_to_id(bos)
     if found is not None:
         return found

@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from dsv3_jax import data
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.loader import eval_batches
 from dsv3_jax.losses import Batch
 from dsv3_jax.training.batches import device_batch
 from dsv3_jax.training.evaluate import make_evaluation, make_sampler
@@ -34,7 +34,7 @@ class HeldOut:
             flat = layout_of(config, mesh_spec(self._mesh))
             self._layout = dataclasses.replace(flat, zero=3)
         train, share = config.train, process_batch_shard(self._mesh, config.parallel.context)
-        self._rows = data.eval_batches(corpus.held_out, train.batch, train.eval_batches, share)
+        self._rows = eval_batches(corpus.held_out, train.batch, train.eval_batches, share)
         how = (config, self._mesh, self._layout)
         self._losses = make_evaluation(*how)
         self._fp8_stats = make_fp8_stats(*how) if config.fp8_stats else None

@@ -12,10 +12,10 @@ import rich.console
 import rich.text
 from jax.experimental import multihost_utils
 
-from dsv3_jax import data
 from dsv3_jax.checkpoint import CheckpointManager, SaveFailed
 from dsv3_jax.config import Config
-from dsv3_jax.data.loader import RowBatch
+from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.loader import Loader, RowBatch
 from dsv3_jax.flops import training_flops_per_token
 from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.mesh_checks import check_mesh
@@ -72,14 +72,14 @@ class Run:
                 "parallel.transport='ragged': XLA has no ragged all-to-all for CPUs; use 'padded'"
             )
         train, extra = config.train, 1 + config.model.mtp_depth
-        self.corpus = data.load(
+        self.corpus = load_corpus(
             config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
         )
         if process == 0:
             self.corpus.tokenizer.save(workdir / "tokenizer.json")
         self.sizes = BatchSizes.of(train)
         share = process_batch_shard(self.mesh, config.parallel.context)
-        self.loader = data.Loader(self.corpus.train, self.sizes, train.seed, share)
+        self.loader = Loader(self.corpus.train, self.sizes, train.seed, share)
         self.optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
         self.pipeline = pipeline_of(config, self.layout.mesh) if spec.pp > 1 else None
         self.held_out = HeldOut(config, self.mesh, self.corpus)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from dsv3_jax.data import Prompts, load_prompts
+from dsv3_jax.data.chat import Prompts, load_prompts
 from dsv3_jax.evaluation.scorer import Scorer
 from dsv3_jax.serving.generator import Generator
 from dsv3_jax.serving.model_view import ModelView

@@ -57,7 +57,7 @@ class FaultyRun(Run):
         return super()._due(number)
 
 
-class SlowLoader(run.data.Loader):
+class SlowLoader(run.Loader):
     wait, waited = 0.0, 0.0
 
     def __next__(self):
@@ -70,7 +70,7 @@ class SlowLoader(run.data.Loader):
 
 def main(folder: Path, runs: dict[str, dict]):
     step.loss_and_gradients, run.Run = loss_and_gradients, FaultyRun
-    run.data.Loader, run.process_began = SlowLoader, time.time
+    run.Loader, run.process_began = SlowLoader, time.time
     spec, measured = start_devices("dp2,ep2"), {}
     for name, faults in runs.items():
         more = faults.get("settings", [])
