@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference.small_step import BATCH_SIZE, LENGTH, VOCAB, config_of, placed
+from reference.small_step import BATCH_SIZE, LENGTH, VOCAB, config_of, loss_of, placed
 from reference.stages import parameters
 
 from dsv3_jax.config import Config
@@ -52,7 +52,7 @@ def rows_of(seed: int, n: int = BATCH_SIZE) -> list[Row]:
 
 @functools.cache
 def program(mesh: str, config: Config):
-    return jax.jit(loss_and_gradients(config, *placed(mesh, config)))
+    return jax.jit(loss_and_gradients(config, *placed(mesh, config), loss_of(config)))
 
 
 def losses_of(mesh: str, rows: Row, *settings: str):
