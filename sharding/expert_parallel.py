@@ -15,13 +15,13 @@ ordinary code; extra rounds run in a loop that saves nothing and runs again in b
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from sharding.dispatch import (
     IDENTITY,
@@ -113,18 +113,18 @@ def make_dispatch_config(
 class RoundParams(NamedTuple):
     """The experts' parameters, for the first round and for all extra rounds."""
 
-    first: Any
-    extra: Any
+    first: PyTree
+    extra: PyTree
 
 
 def expert_all_to_all(
     expert_fn: Callable,
-    params: Any,
+    params: PyTree,
     rows: Float[Array, "t D"],
     gates: Float[Array, "t K"],
     ids: Int[Array, "t K"],
     config: DispatchConfig,
-    extra_params: Any = None,
+    extra_params: PyTree = None,
 ) -> tuple[Float[Array, "t O"], DispatchStats]:
     """Return for each row the sum over its experts of gate * expert(row), for any routing.
 

@@ -6,12 +6,10 @@ changes between steps without a compilation, and no result depends on it. Physic
 numbered rank by rank: the rank's own experts, then its redundant slots.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from sharding.mesh import EXPERT_AXES, MeshSpec
 
@@ -46,7 +44,9 @@ def logical_to_physical(
     return jnp.where(ids < n_experts, table[known, chosen], n_experts + redundant.size)
 
 
-def append_redundant_experts(experts: Any, redundant: Int[Array, " R"], mesh: MeshSpec) -> Any:
+def append_redundant_experts(
+    experts: PyTree, redundant: Int[Array, " R"], mesh: MeshSpec
+) -> PyTree:
     """Append the weights of redundant experts to this rank's own: [e ...] -> [e + R/ep ...].
 
     Their gradients return to the experts' homes. For a moment every rank holds R experts, mostly

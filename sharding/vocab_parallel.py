@@ -12,11 +12,10 @@ Shapes: t tokens, D width and d this rank's share of it, V vocabulary and v this
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from sharding.collectives import all_gather, reduce_scatter
 from sharding.mesh import EXPERT_AXES, MeshSpec
@@ -55,8 +54,8 @@ def n_vocab_chunks(n_local: int, mesh: MeshSpec, max_rows: int) -> int:
 
 
 def scan_vocab_chunks(
-    fn: Callable, carry: Any, head: Float[Array, "v D"], n_chunks: int, mesh: MeshSpec
-) -> tuple[Any, Float[Array, "v D"] | None]:
+    fn: Callable, carry: PyTree, head: Float[Array, "v D"], n_chunks: int, mesh: MeshSpec
+) -> tuple[PyTree, Float[Array, "v D"] | None]:
     """Scan `fn(carry, chunk [c D], ids [c]) -> (carry, out)` over all chunks of the head.
 
     Args:
