@@ -1,12 +1,19 @@
-"""The letters of every array annotation and einsum in this package.
+"""The letters of every array annotation and einsum, here and in `sharding/`.
 
-    B batch      T query pos     S key pos     D width        V vocabulary     L layers
-    H heads      N no-rope dim   R rope dim    O value dim    C kv latent      Q query latent
-    E experts    K top-k         G groups      F hidden       P stages         M micro-batches
-    n tiles      r received rows
-    lower case = this shard's share: b of B, e of E, t of the b*T tokens, v of V
+    B rows of a batch      T tokens of a row, or positions of queries      S positions of keys
+    W tokens of a row with those that its last targets look ahead to       A depths of targets
+    D width                F hidden width (F2 = 2 F, gate and up)          V vocabulary
+    L layers               P pipeline stages                               M micro-batches
+    H heads                N no-rope dim             R rotary dim          O value dim
+    C KV latent            Q query latent            K = N + R, keys of attention
+    E experts              K experts per token       G expert groups       n tiles, or a count
+    r rows of a buffer, sorted by expert             p peers of an exchange, g their groups
+    S layers of a rank's stage, where L are those of the model (sharding/layout.py)
+    lower case = this device's shard: b of B, e of E, h of H, v of V, d of D, t of the B*T tokens
 
-Modules import the array types from here, so that the legend stands in one place.
+A letter has two meanings only where no annotation could need both. `_` is any size, `*B` and `...`
+are any number of dimensions. Modules of this package import the array types from here, so that the
+legend stands in one place; `sharding/` lies below it and imports them from jaxtyping.
 """
 
 import jax

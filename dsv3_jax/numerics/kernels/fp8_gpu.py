@@ -30,8 +30,8 @@ def scaled_matmul(
     transposed: bool = False,
     *,
     interpret: bool = False,
-) -> Float[Array, "r N"]:
-    """Return x w, or x w^T: x [r K] in tiles of 1 x 128, w in blocks of 128 x 128."""
+) -> Float[Array, "r F"]:
+    """Return x w, or x w^T: x [r D] in tiles of 1 x 128, w in blocks of 128 x 128."""
     sizes = jnp.full(1, x.values.shape[0], jnp.int32)
     one_group = jax.tree.map(lambda a: a[None], w)
     return grouped_scaled_matmul(x, one_group, sizes, dtype, transposed, interpret=interpret)
@@ -45,15 +45,15 @@ def grouped_scaled_matmul(
     transposed: bool = False,
     *,
     interpret: bool = False,
-) -> Float[Array, "r N"]:
+) -> Float[Array, "r F"]:
     """Return rows of group i times `w[i]`; beyond the last group the result is not written.
 
     Args:
-        x: values [r K], sorted by group, in tiles of 1 x 128.
-        w: values [e K N] in blocks of 128 x 128.
+        x: values [r D], sorted by group, in tiles of 1 x 128.
+        w: values [e D F] in blocks of 128 x 128.
         sizes: rows of each group; their sum is at most r.
         dtype: of the result.
-        transposed: w is [e N K], and the transposes are meant.
+        transposed: w is [e F D], and the transposes are meant.
         interpret: run the kernel's steps as XLA operations, on any platform.
 
     Raises:

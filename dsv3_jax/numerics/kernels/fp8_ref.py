@@ -17,12 +17,12 @@ def scaled_matmul(
     w: QuantizedTensor,
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
-) -> Float[Array, "r N"]:
-    """Return x w, or x w^T: x [r K] in tiles of 1 x 128, w [K N] or [N K] in blocks of 128 x 128.
+) -> Float[Array, "r F"]:
+    """Return x w, or x w^T: x [r D] in tiles of 1 x 128, w [D F] or [F D] in blocks of 128 x 128.
 
     Source: DeepSeek-V3 report (arXiv 2412.19437), sec. 3.3.2.
     """
-    einsum = "rF,DF->rD" if transposed else "rD,DF->rF"
+    einsum = "rD,FD->rF" if transposed else "rD,DF->rF"
     return jnp.einsum(einsum, dequantize(x, TILE), dequantize(w, BLOCK)).astype(dtype)
 
 
@@ -32,7 +32,7 @@ def grouped_scaled_matmul(
     sizes: Int[Array, " e"],
     dtype: jax.typing.DTypeLike,
     transposed: bool = False,
-) -> Float[Array, "r N"]:
+) -> Float[Array, "r F"]:
     """Return rows of group i times `w[i]`, as `gmm` of the dequantized operands."""
     y = gmm_ref.gmm(dequantize(x, TILE), dequantize(w, BLOCK), sizes, transposed)
     return y.astype(dtype)

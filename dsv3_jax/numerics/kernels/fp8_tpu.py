@@ -1,6 +1,6 @@
 """Products of block-scaled E4M3 matrices on TPUs: a Pallas kernel (report sec. 3.3.2).
 
-The accumulator is held transposed, [N M]: rows of `x` run along lanes. So the scales of a k-block
+The accumulator is held transposed, [F r]: rows of `x` run along lanes. So the scales of a k-block
 (128 of the summed dimension) are one row for 128 x 128 accumulators, multiplied with the weights'
 scale once per grid step, and read again and again without moving between lanes. A k-block costs an
 accumulator one multiplication and one addition in float32; the accumulators stay in VMEM and are
@@ -47,19 +47,19 @@ def scaled_matmul(
     *,
     interpret: bool = False,
     depth: int = BLOCK_SIZE,
-) -> Float[Array, "M N"]:
+) -> Float[Array, "r F"]:
     """Return x w, summed in float32 in k-blocks of 128, each times its scales.
 
-    M and K that are no multiples of 128 are padded, which copies the operand; any N is as good.
+    r and D that are no multiples of 128 are padded, which copies the operand; any F is as good.
 
     Args:
-        x: values [M K] in tiles of 1 x 128.
-        w: values [K N] in blocks of 128 x 128.
+        x: values [r D] in tiles of 1 x 128.
+        w: values [D F] in blocks of 128 x 128.
         dtype: of the result.
-        transposed: w is [N K], and its transpose is meant.
+        transposed: w is [F D], and its transpose is meant.
         interpret: run the kernel's steps as XLA operations, on any platform.
         depth: length of a k-block: 256, as deep as the MXU of tpu7x, where each two neighbours
-            along K have the same scale; that of the first is used.
+            along D have the same scale; that of the first is used.
 
     Source: DeepSeek-V3 report (arXiv 2412.19437), sec. 3.3.2.
     """
@@ -77,15 +77,15 @@ def grouped_scaled_matmul(
     *,
     interpret: bool = False,
     depth: int = BLOCK_SIZE,
-) -> Float[Array, "r N"]:
+) -> Float[Array, "r F"]:
     """Return rows of group i times `w[i]`; beyond the last group the result is unspecified.
 
     Args:
-        x: values [r K], sorted by group, in tiles of 1 x 128.
-        w: values [e K N] in blocks of 128 x 128.
+        x: values [r D], sorted by group, in tiles of 1 x 128.
+        w: values [e D F] in blocks of 128 x 128.
         sizes: rows of each group; their sum is at most r.
         dtype: of the result.
-        transposed: w is [e N K], and the transposes are meant.
+        transposed: w is [e F D], and the transposes are meant.
         interpret: run the kernel's steps as XLA operations, on any platform.
         depth: see `scaled_matmul`.
 
@@ -116,7 +116,7 @@ def _grouped_matmul(
     interpret: bool,
     depth: int,
 ):
-    """Call the kernel. Scales are [K/depth 1 M] and [e columns K/depth n 128]; M, K are padded."""
+    """Call the kernel. Scales are [D/depth 1 r] and [e columns D/depth n 128]; r, D are padded."""
     n_blocks, _, n_rows = x.scale.shape
     _, n_columns, _, n, _ = w.scale.shape
     columns = w.values.shape[1 if transposed else 2]
@@ -200,7 +200,7 @@ def tile_schedule(
 
 
 def _by_columns(scale):
-    """[e k N/128] -> [e columns k n 128], each in 128 lanes, n for the columns of a tile."""
+    """Return scales [e k F/128] as [e columns k n 128]: each in 128 lanes, n per column tile."""
     n = min(COLUMNS // BLOCK_SIZE, scale.shape[-1])
     scale = pad(scale, (1, n))
     scale = rearrange(scale, "e k (j n) -> e j k n", n=n)

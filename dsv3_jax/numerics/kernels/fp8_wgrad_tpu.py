@@ -31,11 +31,11 @@ def fp8_wgrad(
 ) -> Float32[Array, "D F"]:
     """Return x^T grad, summed in float32 in blocks of 128 rows, each times its scales.
 
-    T that is no multiple of 128 is padded, which copies the operands; any D and F are as good.
+    r that is no multiple of 128 is padded, which copies the operands; any D and F are as good.
 
     Args:
-        x: values [T D] in tiles of 128 x 1.
-        grad: values [T F] in such tiles.
+        x: values [r D] in tiles of 128 x 1.
+        grad: values [r F] in such tiles.
         interpret: run the kernel's steps as XLA operations, on any platform.
     """
     n_rows = -(-x.values.shape[0] // BLOCK_SIZE) * BLOCK_SIZE  # padded with zeros
@@ -64,7 +64,7 @@ def grouped_fp8_wgrad(
 
 
 def _grouped_wgrad(x: QuantizedTensor, grad: QuantizedTensor, sizes, interpret: bool):
-    """Call the kernel. Scales are [T/128 1 D] and [T/128 1 F]; T is padded."""
+    """Call the kernel. Scales are [r/128 1 D] and [r/128 1 F]; r is padded."""
     (n_rows, width), columns = x.values.shape, grad.values.shape[1]
     blocks = largest_divisor(n_rows // BLOCK_SIZE, STEP // BLOCK_SIZE)
     rows, d, f = blocks * BLOCK_SIZE, min(WIDTH, width), min(WIDTH, columns)

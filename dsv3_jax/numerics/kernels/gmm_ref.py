@@ -25,7 +25,7 @@ def gmm(
     transposed: bool = False,
 ) -> Float[Array, "r _"]:
     """Return rows of group i times `weights[i]`, or times its transpose."""
-    einsum, columns = ("rF,DF->rD", 1) if transposed else ("rD,DF->rF", 2)
+    einsum, columns = ("rD,FD->rF", 1) if transposed else ("rD,DF->rF", 2)
 
     def group(out, item):
         w, first, stop = item
