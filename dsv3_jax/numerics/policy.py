@@ -14,13 +14,14 @@ class Policy:
     """The number formats by role (report sec. 3.3.1 to 3.3.3).
 
     `compute` is for activations and the weights that meet them; sums, norms, the router and the
-    gradients of weights are float32 whatever it says. `wire` is for tokens on their way to experts.
+    gradients of weights are float32 whatever it says. `wire_format` is that of tokens on their way
+    to experts.
     """
 
     compute: jnp.dtype = jnp.dtype("float32")
     master: jnp.dtype = jnp.dtype("float32")
     moments: jnp.dtype = jnp.dtype("float32")
-    wire: WireFormat = IDENTITY
+    wire_format: WireFormat = IDENTITY
     fp8: bool = False  # the matmuls of all Linears in layers, and what is saved for their backward
 
     @classmethod
@@ -30,6 +31,6 @@ class Policy:
             compute=jnp.dtype(precision.compute),
             master=jnp.dtype(precision.master),
             moments=jnp.dtype(precision.moments),
-            wire=FP8_DISPATCH if precision.dispatch == "fp8" else IDENTITY,
+            wire_format=FP8_DISPATCH if precision.dispatch == "fp8" else IDENTITY,
             fp8=precision.matmul == "fp8",
         )

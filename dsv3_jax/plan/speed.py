@@ -65,7 +65,7 @@ def dispatch_bytes(config: Config) -> float:
     """Return the bytes per number of a row on its way to its experts, scales included."""
     policy = Policy.of(config.precision)
     row = jax.ShapeDtypeStruct((1, config.model.width), policy.compute)
-    encoded = jax.eval_shape(policy.wire.encode, row)
+    encoded = jax.eval_shape(policy.wire_format.encode, row)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(encoded)) / config.model.width
 
 

@@ -40,7 +40,7 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
         zero=parallel.zero,
         capacity_factor=parallel.capacity_factor,
         ragged=parallel.transport == "ragged",
-        wire_format=Policy.of(config.precision).wire,
+        wire_format=Policy.of(config.precision).wire_format,
         unroll=parallel.unroll,
         overlap_chunks=parallel.overlap_chunks,
         context=parallel.context,

@@ -6,7 +6,8 @@ from it in rounding alone. A row below names the function that each platform run
 where it has no kernel; all functions of a column take the same arguments. A new kernel is a file
 `OPERATION_PLATFORM.py`, an entry in its platform's row, and its name in `dsv3_jax/aot/kernels.py`.
 
-Kernels are imported when their platform is first asked for: Pallas takes a second to import.
+The kernels of a platform are imported when they are first asked for, so that a program imports no
+other platform's.
 """
 
 import functools
