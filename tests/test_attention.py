@@ -120,7 +120,7 @@ def test_documents_do_not_see_each_other():
 @pytest.mark.parametrize("n_queries", [128, 256])
 @pytest.mark.parametrize("text", ["one", "documents", "left padding"])
 def test_the_tpu_kernel(n_queries, text):
-    """In interpret mode, equal to the products, with queries for all keys or for the last half."""
+    """In interpret mode, equal to the reference, with queries for all keys or for the last half."""
     rng, n_keys, begins = np.random.default_rng(1), 256, None
     own = np.arange(n_keys, dtype=np.int32)[None, :]
     if text == "documents":

@@ -1,4 +1,4 @@
-"""FP8 products against a slow twin, golden C3, and what is saved for their backward."""
+"""FP8 matmuls against a slow twin, golden C3, and what is saved for their backward."""
 
 import functools
 from pathlib import Path
@@ -13,8 +13,8 @@ from reference import fp8 as reference
 from dsv3_jax.numerics.fp8 import Fp8Weight, GradTap, SavedInput, SwiGLUInput, fp8_matmul
 from dsv3_jax.numerics.quantize import BLOCK, QuantizedTensor, quantize
 
-# FP8 values are the same but where a float32 division lies on the other side of a tie; products are
-# summed in float32, the twin's in float64.
+# FP8 values are the same but where a float32 division lies on the other side of a tie; sums are
+# in float32, the twin's in float64.
 TOLERANCE = 1e-4  # of the largest value
 SHAPES = [(40, 256, 384), (130, 200, 136), (7, 64, 40), (1, 128, 128)]
 
@@ -45,7 +45,7 @@ def run(save, x, w, grad, sizes=None):
     "save", [SavedInput(), SavedInput(power_of_two=True), SavedInput(None, True, True)]
 )
 @pytest.mark.parametrize("rows, width, hidden", SHAPES)
-def test_product_and_gradients_equal_the_twin(rows, width, hidden, save):
+def test_matmul_and_gradients_equal_the_twin(rows, width, hidden, save):
     x, w, grad = normal(0, rows, width), normal(1, width, hidden), normal(2, rows, hidden)
     x[:, :3] *= 50  # outliers
     y, d_x, d_w = run(save, x, weight_of(w), 1e-6 * grad)
@@ -55,8 +55,8 @@ def test_product_and_gradients_equal_the_twin(rows, width, hidden, save):
     assert_close(d_w, want[1])
 
 
-def test_golden_product():
-    """Activations and weights of golden C3 give its block-scaled product."""
+def test_golden_matmul():
+    """Activations and weights of golden C3 give its block-scaled matmul."""
     golden = dict(np.load(Path(__file__).parent / "goldens" / "C3_fp8_units" / "golden.npz"))
     values = golden["weight.bits_uint8"].view(ml_dtypes.float8_e4m3fn)
     w = Fp8Weight(QuantizedTensor(values.T, golden["weight.scale_inv"].T))

@@ -1,4 +1,4 @@
-"""A released FP8 checkpoint used as it is: FP8 in memory and in products, no wide copy."""
+"""A released FP8 checkpoint used as it is: FP8 in memory and in matmuls, no wide copy."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ CASE = "C2_official_fp8"
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
-def test_equals_the_official_code_with_its_fp8_products():
+def test_equals_the_official_code_with_its_fp8_matmuls():
     """Token by token and absorbed throughout, as the golden was made; activations in float32."""
     want = golden(CASE)
     length = json.loads((GOLDENS / CASE / "meta.json").read_text())["prefill_len"]

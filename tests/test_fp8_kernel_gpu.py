@@ -47,7 +47,7 @@ def test_matches_a_loop(case, width, hidden):
         np.testing.assert_allclose(got[:n], want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
-def test_a_dense_product_is_one_group():
+def test_a_dense_matmul_is_one_group():
     rows, weights, _, _ = inputs("empty groups", 256, 384)
     one = QuantizedTensor(*(x[2] for x in weights))
     got = scaled_matmul(rows, one, jnp.bfloat16, interpret=True)

@@ -78,7 +78,7 @@ def grouped_wgrad(x, g, sizes):
     "rows, width, columns",
     [(256, 384, 128), (200, 300, 140), (1, 128, 257), (7, 1152, 3)],
 )
-def test_product(rows, width, columns):
+def test_matmul(rows, width, columns):
     (x, wide_x), (w, wide_w) = scaled(0, (rows, width), TILE), scaled(1, (width, columns), BLOCK)
     want = wide_x @ wide_w
     assert_close(matmul(x, w), want, EXACT)
@@ -93,7 +93,7 @@ def test_blocks_of_256():
     assert_close(matmul(x, transpose(w), jnp.float32, True, 256), wide_x @ wide_w, EXACT)
 
 
-def test_product_in_the_dtype_asked_for():
+def test_matmul_in_the_dtype_asked_for():
     (x, wide_x), (w, wide_w) = scaled(0, (130, 256), TILE), scaled(1, (256, 128), BLOCK)
     got = matmul(x, w, jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
@@ -108,7 +108,7 @@ def test_wgrad(n, width, columns):
 
 @pytest.mark.parametrize("case", GROUPS)
 def test_grouped(case):
-    """Each group is a product of its own; NaN beyond the last does not matter."""
+    """Each group is a matmul of its own; NaN beyond the last does not matter."""
     sizes, width, columns = GROUPS[case], 200, 300
     inside = sum(sizes)
     x, wide_x = scaled(0, (N_ROWS, width), TILE)
@@ -147,7 +147,7 @@ def test_every_row_is_visited_once(case, rows):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_stays_visible(bad):
-    """It spoils its tile, and so a row of a product; nothing beside it."""
+    """It spoils its tile, and so a row of the result; nothing beside it."""
     x = np.ones((200, 256), np.float32)
     x[7, 130] = bad
     w, _ = scaled(1, (256, 140), BLOCK)

@@ -1,9 +1,9 @@
 """FP8 in layers and steps: sharded weights, what is saved for the backward, counts, bad input.
 
-Codes answer a difference in the last bit of a float32 sum by a step of 1/16, now and then, and the
-next layer has one more difference to answer. So a whole model on a mesh equals the one on a single
-device to the noise of FP8 itself, a few per cent of a gradient; what is in one layer alone is
-compared closely.
+FP8 values answer a difference in the last bit of a float32 sum by a step of 1/16, now and then, and
+the next layer has one more difference to answer. So a whole model on a mesh equals the one on a
+single device to the noise of FP8 itself, a few per cent of a gradient; what is in one layer alone
+is compared closely.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ def test_a_layer_on_a_mesh_equals_one_device(mesh_text, zero):
 
 
 def fp8(zero: int = 1, remat: str = "none", matmul: str = "fp8") -> Config:
-    """The small step with products in FP8 and float32 between them."""
+    """The small step with matmuls in FP8 and float32 between them."""
     config = small_step.config_of(zero, remat)
     precision = dataclasses.replace(config.precision, matmul=matmul, dispatch=matmul)
     return dataclasses.replace(config, precision=precision)
@@ -166,7 +166,7 @@ def test_fp8_is_near_float32_and_remat_changes_nothing():
     assert max(off(same, grads).values()) < 0.08
     wide, wanted = step_of("dp1", fp8(matmul="compute"))
     assert 1e-6 < abs(loss / wide - 1) < 1e-2  # really FP8, and near
-    # Tokens whose experts flip are others: how near a product is, tests/test_fp8.py says.
+    # Tokens whose experts flip are others: how near a matmul is, tests/test_fp8.py says.
     assert 1e-3 < off(grads, wanted)["head"] < 0.5
 
 

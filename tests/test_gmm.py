@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.grouped import assert_close, grouped_products
+from reference.grouped import assert_close, grouped_matmuls
 
 from dsv3_jax.numerics.gmm import grouped_matmul
 from dsv3_jax.numerics.kernels.gmm_ref import _block_sizes
@@ -44,20 +44,20 @@ def inputs(n_rows: int, n_groups: int):
 
 @functools.partial(jax.jit, static_argnums=4)
 def run(rows, weights, grad, sizes, platform="cpu"):
-    def product(rows, weights):
+    def matmul(rows, weights):
         return grouped_matmul(rows, weights, sizes, platform)
 
-    out, pull = jax.vjp(product, rows, weights)
+    out, pull = jax.vjp(matmul, rows, weights)
     return out, *pull(grad)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_a_loop(case, platform):
-    """The reference, and the ragged product of TPUs, which XLA expands on the CPU."""
+    """The reference, and the ragged dot of TPUs, which XLA expands on the CPU."""
     n_rows, sizes = CASES[case]
     arrays = inputs(n_rows, len(sizes))
-    want = grouped_products(*arrays, sizes)
+    want = grouped_matmuls(*arrays, sizes)
     wide = (jnp.asarray(x, jnp.float32) for x in arrays)
     out, d_rows, d_weights = run(*wide, jnp.asarray(sizes, jnp.int32), platform)
     inside = slice(sum(sizes))
@@ -87,7 +87,7 @@ def test_blocks_grow_from_a_balanced_group_to_512(n_rows, sizes):
 def test_bfloat16(case):
     n_rows, sizes = CASES[case]
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(n_rows, len(sizes))]
-    want = grouped_products(*arrays, sizes)
+    want = grouped_matmuls(*arrays, sizes)
     got = run(*arrays, jnp.asarray(sizes, jnp.int32))
     for one, other in zip(got, want, strict=True):
         assert one.dtype == jnp.bfloat16
@@ -132,10 +132,10 @@ def test_under_a_scan_of_stacked_weights():
     narrow = rows.astype(np.float32), stacked.astype(np.float32)
     d_rows, d_stacked = jax.jit(jax.grad(loss, argnums=(0, 1)))(*narrow)
     zero = np.zeros_like(rows)
-    first = grouped_products(rows, stacked[0], zero, sizes)[0]
-    second = grouped_products(first, stacked[1], zero, sizes)[0]
-    _, d_first, d_second_weights = grouped_products(first, stacked[1], 2 * second, sizes)
-    _, want_rows, d_first_weights = grouped_products(rows, stacked[0], d_first, sizes)
+    first = grouped_matmuls(rows, stacked[0], zero, sizes)[0]
+    second = grouped_matmuls(first, stacked[1], zero, sizes)[0]
+    _, d_first, d_second_weights = grouped_matmuls(first, stacked[1], 2 * second, sizes)
+    _, want_rows, d_first_weights = grouped_matmuls(rows, stacked[0], d_first, sizes)
     assert_close(d_rows, want_rows, 1e-5)
     assert_close(d_stacked[0], d_first_weights, 1e-5)
     assert_close(d_stacked[1], d_second_weights, 1e-5)

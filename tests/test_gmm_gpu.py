@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.grouped import assert_close, grouped_products
+from reference.grouped import assert_close, grouped_matmuls
 
 from dsv3_jax.aot.compile import gpu_devices
 from dsv3_jax.numerics.kernels import gmm_gpu
@@ -57,7 +57,7 @@ def test_matches_a_loop(case, dtype):
     arrays = inputs(case, dtype)
     out, d_rows, d_weights = run(*arrays)
     assert out.dtype == d_rows.dtype == dtype and d_weights.dtype == jnp.float32
-    want = grouped_products(*arrays)
+    want = grouped_matmuls(*arrays)
     inside = slice(sum(CASES[case][1]))
     assert_close(out[inside], want[0][inside], TOLERANCE[dtype])
     assert_close(d_rows[inside], want[1][inside], TOLERANCE[dtype])
@@ -70,15 +70,15 @@ def test_widths(width, hidden, dtype):
     """Whole tiles of one or both, whose masks are left out, and less than a tile."""
     arrays = inputs("rows left over", dtype, width, hidden)
     inside = slice(sum(CASES["rows left over"][1]))  # of the groups, all of which it holds
-    for got, want in zip(run(*arrays), grouped_products(*arrays), strict=True):
+    for got, want in zip(run(*arrays), grouped_matmuls(*arrays), strict=True):
         assert_close(got[inside], want[inside], TOLERANCE[dtype])
 
 
-def test_outer_in_the_dtype_asked_for():
+def test_tgmm_in_the_dtype_asked_for():
     rows, _, grad, sizes = arrays = inputs("uneven", "bfloat16")
     got = tgmm(rows, grad, sizes, dtype=jnp.bfloat16, interpret=True)
     assert got.dtype == jnp.bfloat16
-    assert_close(got, grouped_products(*arrays)[2], 2e-2)  # bfloat16
+    assert_close(got, grouped_matmuls(*arrays)[2], 2e-2)  # bfloat16
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,9 +106,9 @@ def test_widths_that_differ_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["product", "transposed", "outer"])
+@pytest.mark.parametrize("name", ["gmm", "transposed", "tgmm"])
 def test_compiles_for_an_h100(name, tmp_path):
-    """One kernel on the tensor cores, no copy of a matrix, no product of XLA's beside it."""
+    """One kernel on the tensor cores, no copy of a matrix, no matmul of XLA's beside it."""
     pytest.importorskip("jax_cuda13_plugin")
     here = jax.sharding.SingleDeviceSharding(gpu_devices(1, 1)[0])
     n_rows, width, hidden, n_groups = 600, 256, 512, 3
@@ -119,9 +119,9 @@ def test_compiles_for_an_h100(name, tmp_path):
     rows, grad = given(n_rows, width), given(n_rows, hidden)
     weights, sizes = given(n_groups, width, hidden), given(n_groups, dtype=jnp.int32)
     function, *arguments = {
-        "product": (gmm, rows, weights, sizes),
+        "gmm": (gmm, rows, weights, sizes),
         "transposed": (functools.partial(gmm, transposed=True), grad, weights, sizes),
-        "outer": (tgmm, rows, grad, sizes),
+        "tgmm": (tgmm, rows, grad, sizes),
     }[name]
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
     program = jax.jit(function).lower(*arguments).compile(compiler_options=options)

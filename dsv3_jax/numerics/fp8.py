@@ -1,6 +1,6 @@
-"""Matrix products in FP8: all three GEMMs of a Linear, dense or of experts.
+"""Matmuls in FP8: all three GEMMs of a Linear, dense or of experts.
 
-WHAT IS COMPUTED. A Linear y = x W has three matrix products, and all of them run in FP8 (report
+WHAT IS COMPUTED. A Linear y = x W has three matmuls, and all of them run in FP8 (report
 sec. 3.3.1):
 
     fprop  y  = Q(x) Q(W)          x in tiles of 1x128, W in blocks of 128x128
@@ -29,7 +29,7 @@ and added to an accumulator in float32 (report sec. 3.3.2). The kernels do so; t
 multiplies dequantized operands in float32. They differ in rounding alone.
 
 WHAT IS SAVED FOR THE BACKWARD. wgrad needs x again. By default x is saved as the FP8 tiles that
-fprop multiplied, which take a quarter of the memory of float32; the backward dequantizes them and
+fprop multiplied, which take half the memory of bfloat16; the backward dequantizes them and
 quantizes the result in tiles of 128x1. The report makes three exceptions (sec. 3.3.3), and a
 `SavedInput` or a `SwiGLUInput` asks for them:
 
@@ -44,7 +44,7 @@ quantizes the result in tiles of 128x1. The report makes three exceptions (sec. 
 WHY A TAP. In JAX the gradient of a weight leaves the backward as the cotangent of the weight, and
 a cotangent has the dtype of its primal: that of an E4M3 array would be E4M3. So an `Fp8Weight` has
 a second array beside its E4M3 values, the `GradTap`: a float32 array of the weight's shape, which
-no product reads and whose cotangent this file declares to be dW. `dsv3_jax/params.py` makes the
+no matmul reads and whose cotangent this file declares to be dW. `dsv3_jax/params.py` makes the
 tap a function of the master weight, which so receives dW as its gradient, in float32. Two other
 things leave through the tap: statistics of the rounding, if the tap has an array for them; and in
 a pipeline stage, if the tap is made of `WgradOperands`, the two operands of wgrad instead of dW,
@@ -82,7 +82,7 @@ from dsv3_jax.shapes import Array, Float, Float32, Int
 
 @jax.tree_util.register_static
 class Platform(str):
-    """The platform of the devices that hold a weight, which picks the kernels of its products.
+    """The platform of the devices that hold a weight, which picks the kernels of its matmuls.
 
     It travels with the weight because a layer knows no devices, and as structure of the pytree, not
     as a leaf, because kernels are picked while a program is traced.
@@ -90,7 +90,7 @@ class Platform(str):
 
 
 class GradTap(NamedTuple):
-    """Inputs that no product reads; their gradients are what a weight's backward gives out."""
+    """Inputs that no matmul reads; their gradients are what a weight's backward gives out."""
 
     weight: Array  # [... D F]; its gradient: dW
     stats: Array | None = None  # [... 3 4]; its gradient: `QuantStats` of x, of dy and of W
@@ -105,7 +105,7 @@ class WgradOperands(NamedTuple):
 
 
 class Fp8Weight(NamedTuple):
-    """A weight [... D F] ready for FP8 products."""
+    """A weight [... D F] ready for FP8 matmuls."""
 
     quantized: QuantizedTensor | None  # in blocks of 128 x 128; None in a gradient
     tap: GradTap | WgradOperands | None = None  # None in inference
@@ -122,7 +122,7 @@ class Fp8Weight(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SavedInput:
-    """How the input of a product is saved for its backward; see the top of this file."""
+    """The format in which the input of a matmul is saved for its backward; explained above."""
 
     name: str | None = None  # under which a remat policy may save it
     power_of_two: bool = False  # scales are powers of two, if there is a backward
@@ -130,7 +130,7 @@ class SavedInput:
 
 
 class SwiGLUInput(NamedTuple):
-    """The input of SwiGLU in front of a product, and the weights of SwiGLU's output rows."""
+    """The input of SwiGLU in front of a matmul, and the weights of SwiGLU's output rows."""
 
     hidden: Float[Array, "r F2"] | QuantizedTensor
     gates: Float[Array, " r"] | None = None
@@ -162,6 +162,7 @@ def _forward(save: SavedInput, inputs, w: Fp8Weight, sizes):
         dtype = inputs.dtype
         tiles = quantize(inputs, TILE, save.power_of_two and w.tap is not None)
         if save.e5m6:
+            # E5M6, but with the exponents of bfloat16: no number is out of range.
             saved = lax.reduce_precision(inputs, exponent_bits=8, mantissa_bits=6)
         else:
             saved = tiles = _named(tiles, save.name)
@@ -229,7 +230,7 @@ def wgrad_operands(
     sizes: Int[Array, " e"] | None,
     power_of_two: bool = False,
 ) -> WgradOperands:
-    """Return the input and the gradient of a product's output, both in tiles of 128x1."""
+    """Return the input and the gradient of a matmul's output, both in tiles of 128x1."""
     if sizes is not None:  # rows beyond the groups must not reach the scales
         in_group = (jnp.arange(x.shape[0]) < sizes.sum())[:, None]
         x, grad = jnp.where(in_group, x, 0), jnp.where(in_group, grad, 0)

@@ -1,4 +1,4 @@
-"""Products of activations with weights, whatever format the weights are in.
+"""Matmuls of activations with weights, whatever format the weights are in.
 
 A weight is an array, or an `Fp8Weight` where the policy says so, and in a pipeline stage either of
 them is `Deferred`: which of these is decided where weights are prepared for use, and no layer asks.
@@ -57,7 +57,7 @@ def swiglu_matmul(
 ) -> Float[Array, "*B D"]:
     """Return (gates * SwiGLU(hidden)) W; as `matmul`, but `hidden` is saved, not SwiGLU's output.
 
-    The gates multiply the output of SwiGLU, which is narrower than the product and, unlike it, at
+    The gates multiply the output of SwiGLU, which is narrower than the result and, unlike it, at
     hand in the backward.
     """
     if isinstance(undeferred(w), Fp8Weight):
@@ -68,7 +68,7 @@ def swiglu_matmul(
 
 
 def _custom_matmul(save: SavedInput, inputs, w: Fp8Weight | Deferred, groups: Groups | None):
-    """Return a product [r F] whose backward is our own: in FP8, or split in two."""
+    """Return a matmul [r F] whose backward is our own: in FP8, or split in two."""
     sizes, platform = (None, "cpu") if groups is None else groups
     if isinstance(w, Deferred):
         return deferred_product(save, inputs, w, sizes, platform)
@@ -81,5 +81,5 @@ def undeferred(w: Weight) -> Array | Fp8Weight:
 
 
 def dequantized(w: Weight, dtype: jax.typing.DTypeLike) -> Array:
-    """Return the weight as an array of numbers, for what is no FP8 product."""
+    """Return the weight as an array of numbers, for what is no FP8 matmul."""
     return w.dequantize(dtype) if isinstance(w, Fp8Weight) else w.astype(dtype)

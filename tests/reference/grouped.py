@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def grouped_products(rows, weights, grad, sizes):
+def grouped_matmuls(rows, weights, grad, sizes):
     """Output and gradients of rows and weights, one row at a time; 0 for what is left over."""
     rows, weights, grad = (np.asarray(x, np.float64) for x in (rows, weights, grad))
     out, d_rows, d_weights = np.zeros_like(grad), np.zeros_like(rows), np.zeros_like(weights)

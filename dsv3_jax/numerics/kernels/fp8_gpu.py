@@ -1,12 +1,12 @@
-"""Products of block-scaled E4M3 matrices on GPUs: a Pallas kernel, which Triton compiles.
+"""Matmuls of block-scaled E4M3 matrices on GPUs: a Pallas kernel, which Triton compiles.
 
 As the grouped matmul (`gmm_gpu.py`), with E4M3 values and their scales in place of numbers: a step
 of the sum is the 128 values that share a scale, so each step's product, which the tensor cores sum,
-is scaled once and added in float32 (report sec. 3.3.2). A dense product is one group.
+is scaled once and added in float32 (report sec. 3.3.2). A dense matmul is one group.
 
 Checked in interpret mode, and compiled for an H100; it has not run on one. In the compiled program
 E4M3 values become float16 on their way to the tensor cores, which is exact: Triton takes their FP8
-units only for products that are said to need fewer bits of the sum, and Pallas cannot say so. What
+units only for matmuls that are said to need fewer bits of the sum, and Pallas cannot say so. What
 is gained over the reference is that no copy in float32 is made.
 """
 

@@ -1,6 +1,6 @@
-"""Matrix products of block-scaled E4M3 matrices: the reference.
+"""Matmuls of block-scaled E4M3 matrices: the reference.
 
-Values times scales in float32, then a product in float32. The kernels multiply E4M3 values and
+Values times scales in float32, then a matmul in float32. The kernels multiply E4M3 values and
 apply scales to partial sums, which differs in rounding alone.
 """
 

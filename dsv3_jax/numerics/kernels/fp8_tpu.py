@@ -1,4 +1,4 @@
-"""Products of block-scaled E4M3 matrices on TPUs: a Pallas kernel (report sec. 3.3.2).
+"""Matmuls of block-scaled E4M3 matrices on TPUs: a Pallas kernel (report sec. 3.3.2).
 
 The accumulator is held transposed, [F r]: rows of `x` run along lanes. So the scales of a k-block
 (128 of the summed dimension) are one row for 128 x 128 accumulators, multiplied with the weights'
@@ -7,7 +7,7 @@ accumulator one multiplication and one addition in float32; the accumulators sta
 transposed at the end.
 
 Rows sorted by group meet their group's matrix: a row tile is visited once for each group of which
-it holds rows, and of what a visit computed, the group's rows are written. A dense product is one
+it holds rows, and of what a visit computed, the group's rows are written. A dense matmul is one
 group.
 """
 
@@ -26,7 +26,7 @@ from dsv3_jax.shapes import Array, Float, Int
 
 ROWS, COLUMNS, STEP = 1024, 1024, 1536  # of a tile of the result, and of the sum in a grid step
 UNROLL = 2  # k-blocks that are added before the accumulators are read and written
-LANES, SUBLANES = 256, 32  # of a product on tpu7x's MXU, of accumulators in registers at a time
+LANES, SUBLANES = 256, 32  # of a matmul on tpu7x's MXU, of accumulators in registers at a time
 VMEM_BYTES = 48 * 2**20  # that a kernel may use
 
 
@@ -259,7 +259,7 @@ def _matmul_kernel(
 
 
 def dot(a: Array, b: Array, a_dim: int, b_dim: int) -> Array:
-    """Return the product of E4M3 values, summed over these dims in float32."""
+    """Return the matmul of E4M3 values, summed over these dims in float32."""
     dims = (((a_dim,), (b_dim,)), ((), ()))
     precision = lax.Precision.DEFAULT  # the E4M3 values as they are
     return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
 """Grouped matmul on GPUs: two Pallas kernels, which Triton compiles.
 
 A program of the grid owns one tile of the result and keeps its float32 sum in registers. A row tile
-of the product lies in one group, so it needs one expert's matrix; it starts where a group starts or
+of the result lies in one group, so it needs one expert's matrix; it starts where a group starts or
 a whole number of tiles behind, so rows need no padding, and what it would cover of the next group
 is masked. How many row tiles there are depends on the sizes of the groups: the grid has as many as
 there could be, and the surplus ones return at once. The work is that of the rows that exist.

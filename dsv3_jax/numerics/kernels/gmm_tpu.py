@@ -1,6 +1,6 @@
-"""Grouped matmul on TPUs: XLA's own kernel for ragged products.
+"""Grouped matmul on TPUs: XLA's own kernel for ragged dots.
 
-Checked on the CPU, where XLA expands it into dense products, and compiled for v5p and tpu7x.
+Checked on the CPU, where XLA expands it into dense ones, and compiled for v5p and tpu7x.
 """
 
 import jax
