@@ -84,4 +84,4 @@ def test_its_records_show_damage(older_run):
     manifest["fingerprints"]["bias.moe.ffn.bias.value"] = "0" * 8
     (folder / "manifest" / "metadata").write_text(json.dumps(manifest))
     with pytest.raises(DamagedCheckpoint, match="manifest does not match the checksum"):
-        reader.extra()
+        reader.signatures()

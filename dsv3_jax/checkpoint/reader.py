@@ -106,10 +106,6 @@ class CheckpointReader:
         """Return dtype and shape by path, such as "float32[61,7168]", of each array of a step."""
         return self._open(step)[1]["shapes"]
 
-    def extra(self, step: int | None = None) -> dict:
-        """Return what was saved beside the arrays of a step."""
-        return self._open(step)[1]["extra"]
-
     def _folder(self, step: int) -> Path:
         return self.directory / str(step)
 
