@@ -5,11 +5,11 @@
     python train.py --set data.source=~/books/*.txt     your text: a file, folder, glob or .jsonl
     python train.py --set optimizer.peak_lr=1e-3        any field of the config
     python train.py --set init_from=~/DeepSeek-V3       begin with the weights in that folder
-    python train.py --compile-only=v5p:4x4x4 ...        what it would be on devices not here
+    python train.py --compile-only=v5p:4x4x4 ...        compile for devices that are not here
     python train.py --supervise                         start again whenever it crashes
     python train.py --processes=2 --mesh=dp2,ep4        two processes with 4 of the devices each
 
-The same command again goes on from the newest checkpoint in --workdir. Ctrl-C and SIGTERM save
+The same command again resumes from the newest checkpoint in --workdir. Ctrl-C and SIGTERM save
 first. Exit codes: 0 done, 2 the same command would fail again, 130 and 143 stopped by a signal and
 saved, others a crash.
 """
@@ -18,18 +18,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import jax
-
 from configs import load_preset, preset_names
 from dsv3_jax.cli import add_set_option
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.errors import error_text
-from dsv3_jax.training.host import with_huge_pages
-from sharding.mesh import GRAMMAR, start_devices
+from dsv3_jax.training.supervisor import supervise, use_huge_pages
 
-HEARTBEAT = 30  # seconds after which a process that is silent counts as dead
-REFUSED = (ValueError, KeyError, NotImplementedError, FloatingPointError, FileNotFoundError)
+HEARTBEAT = 30  # seconds after which a silent process counts as dead
+PERMANENT = (ValueError, KeyError, NotImplementedError, FloatingPointError, FileNotFoundError)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,7 +39,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mesh",
         default="dp*",
-        help=f"{GRAMMAR}; dp* takes what devices are left, ep2x4 is 2 nodes of 4 (default: dp*)",
+        help="pp, dp and ep with a size, such as dp4,ep8; dp* takes what devices are left, ep2x4 "
+        "is 2 nodes of 4 (default: dp*)",
     )
     parser.add_argument(
         "--workdir", type=Path, help="where everything of the run is kept (default: runs/CONFIG)"
@@ -64,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="share the mesh's virtual CPU devices out over N processes on this machine, to try it",
+        help="divide the mesh's virtual CPU devices over N processes on this machine, to try it",
     )
     parser.add_argument(
         "--supervise",
@@ -85,30 +83,48 @@ def make_config(arguments: argparse.Namespace) -> Config:
     return override(load_preset(arguments.config), *arguments.set, *steps)
 
 
-def join(arguments: argparse.Namespace) -> int:
-    """Join the other processes of the run, if there are any; returns how many share this host."""
+def join_processes(arguments: argparse.Namespace) -> int:
+    """Join the other processes of the run, if there are any; return how many share this host."""
+    import jax  # not for --help, which it would slow down
+
     if arguments.join is not None:
         try:
             address, number, count = arguments.join.split(",")
-            how = {"num_processes": int(count), "process_id": int(number)}
+            number, count = int(number), int(count)
         except ValueError as error:
-            example = "such as 10.0.0.1:8476,0,2"
             raise ValueError(
-                f"--join={arguments.join}: write ADDRESS,NUMBER,COUNT, {example}"
+                f"--join={arguments.join}: write ADDRESS,NUMBER,COUNT, such as 10.0.0.1:8476,0,2"
             ) from error
-        jax.distributed.initialize(address, heartbeat_timeout_seconds=HEARTBEAT, **how)
-        return int(count)
+        jax.distributed.initialize(
+            address,
+            num_processes=count,
+            process_id=number,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+        return count
     if arguments.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     return 1
 
 
-def launch(arguments: argparse.Namespace, workdir: Path) -> int:
-    """The same command in processes of its own."""
-    from dsv3_jax.training.supervisor import run
+def train_here(config: Config, arguments: argparse.Namespace, workdir: Path):
+    """Train in this process."""
+    from sharding.mesh import start_devices
 
-    command = [sys.executable, *sys.argv, "--processes=1", "--no-supervise"]
-    return run(command, arguments.processes, arguments.supervise, workdir)
+    mesh = start_devices(arguments.mesh, join_processes(arguments))
+    from dsv3_jax.training.run import train  # once the mesh is known to fit
+
+    train(config, mesh, workdir)
+
+
+def compile_only(config: Config, arguments: argparse.Namespace) -> int:
+    """Print the report of an AOT compilation; return 1 if the program does not fit in memory."""
+    from dsv3_jax.aot import tables
+    from dsv3_jax.aot.report import analyze
+
+    report = analyze(config, arguments.mesh, arguments.compile_only)
+    tables.show(report)
+    return 0 if report["fits"] else 1
 
 
 def main():
@@ -117,19 +133,13 @@ def main():
         config = make_config(arguments)
         workdir = arguments.workdir or Path("runs") / config.name
         if arguments.compile_only:
-            from dsv3_jax.aot import tables
-            from dsv3_jax.aot.report import analyze
-
-            report = analyze(config, arguments.mesh, arguments.compile_only)
-            tables.show(report)
-            sys.exit(not report["fits"])
-        if arguments.processes > 1 or arguments.supervise:
-            sys.exit(launch(arguments, workdir))
-        mesh = start_devices(arguments.mesh, join(arguments))
-        from dsv3_jax.training.run import train
-
-        train(config, mesh, workdir)
-    except REFUSED as error:
+            sys.exit(compile_only(config, arguments))
+        elif arguments.processes > 1 or arguments.supervise:
+            command = [sys.executable, *sys.argv, "--processes=1", "--no-supervise"]
+            sys.exit(supervise(command, arguments.processes, arguments.supervise, workdir))
+        else:
+            train_here(config, arguments, workdir)
+    except PERMANENT as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -137,5 +147,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with_huge_pages()
+    use_huge_pages()  # restarts this process, so before JAX is imported
     main()

@@ -26,7 +26,7 @@ from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.serving.generator import Generator
 from dsv3_jax.serving.model_view import ModelView
-from dsv3_jax.training.host import with_huge_pages
+from dsv3_jax.training.supervisor import use_huge_pages
 from sharding.mesh import MeshSpec, make_mesh
 
 Generate = Callable[[np.ndarray, int], np.ndarray]  # prompts [B T], n -> new tokens [B n]
@@ -129,5 +129,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with_huge_pages()  # for both sides
+    use_huge_pages()  # for both sides
     main()

@@ -29,7 +29,7 @@ from configs import load_preset
 from dsv3_jax.config import MoEConfig
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.numerics import matmul
-from dsv3_jax.training.host import with_huge_pages
+from dsv3_jax.training.supervisor import use_huge_pages
 from sharding.layout import Layout
 
 TOP_K, WIDTH, HIDDEN = 4, 512, 512
@@ -250,5 +250,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with_huge_pages()  # for all sides
+    use_huge_pages()  # for all sides
     main()

@@ -32,10 +32,10 @@ from dsv3_jax.flops import training_flops_per_token
 from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.training.host import with_huge_pages
 from dsv3_jax.training.reporting import matmul_peak
-from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
+from dsv3_jax.training.state import abstract_state, init_sharded_state, make_layout
 from dsv3_jax.training.step import make_step
+from dsv3_jax.training.supervisor import use_huge_pages
 from sharding.mesh import MeshSpec, make_mesh
 
 CONFIG = Config(
@@ -64,9 +64,9 @@ CONFIG = Config(
 def our_step() -> Callable[[np.ndarray], float]:
     """Return a function that trains one step on tokens [B T+1] and returns the loss."""
     spec = MeshSpec()
-    mesh, layout = make_mesh(spec, jax.devices()[:1]), layout_of(CONFIG, spec)
+    mesh, layout = make_mesh(spec, jax.devices()[:1]), make_layout(CONFIG, spec)
     optimizer = make_optimizer(CONFIG.optimizer, Policy.of(CONFIG.precision))
-    state = fresh_state(CONFIG, optimizer, abstract_state(CONFIG, optimizer, mesh, layout))
+    state = init_sharded_state(CONFIG, optimizer, abstract_state(CONFIG, optimizer, mesh, layout))
     loss_fn = next_token_loss(CONFIG.losses, CONFIG.model.mtp_depth)
     step = make_step(CONFIG, optimizer, mesh, layout, loss_fn)
 
@@ -175,5 +175,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with_huge_pages()  # for both sides
+    use_huge_pages()  # for both sides
     main()

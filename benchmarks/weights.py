@@ -214,7 +214,7 @@ def main():
 
 
 if __name__ == "__main__":
-    from dsv3_jax.training.host import with_huge_pages
+    from dsv3_jax.training.supervisor import use_huge_pages
 
-    with_huge_pages()
+    use_huge_pages()
     main()

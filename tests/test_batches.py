@@ -23,7 +23,7 @@ from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.schedules import BatchSizes
 from dsv3_jax.training.batches import device_batch
-from dsv3_jax.training.state import parts_of
+from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import loss_and_gradients
 
 WIDTH = LENGTH + 2
@@ -68,7 +68,7 @@ def in_order(source, *, batch: int = BATCH_SIZE, process: tuple[int, int] = (0, 
 def log_probs(tokens: np.ndarray) -> np.ndarray:
     """log softmax of each next token of one document [t], which is read alone, [t - 1]."""
     config = config_with()
-    graphdef, _, _, redundant = parts_of(abstract_model(config.model, Policy()))
+    graphdef, _, _, redundant = split_model(abstract_model(config.model, Policy()))
     weights = jax.tree.map(jnp.asarray, parameters(config))
     model = nnx.merge(graphdef, *weights, redundant)
     logits = np.asarray(model(tokens[None, :-1])[0], np.float64)

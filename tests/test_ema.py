@@ -1,4 +1,4 @@
-"""The mean weights on the host against NumPy, and placed back on the mesh."""
+"""The EMA weights on the host against NumPy, and placed back on the mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def weights(seed: int, mesh) -> dict:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_mean_equals_numpy(every):
+def test_ema_equals_numpy(every):
     mesh = make_mesh(parse_mesh("dp4,ep2"))
     ema = HostEma(weights(0, mesh), EmaConfig(decay=0.9, every=every))
     want = {name: np.array(x) for name, x in weights(0, mesh).items()}
@@ -48,7 +48,7 @@ def test_mean_equals_numpy(every):
     ema.close()
 
 
-def test_a_mean_goes_on_bit_for_bit():
+def test_an_ema_resumes_bit_for_bit():
     """Saved and begun again in between."""
     mesh, config = make_mesh(parse_mesh("dp2,ep4")), EmaConfig(decay=0.95)
     whole = HostEma(weights(0, mesh), config)

@@ -36,7 +36,7 @@ from dsv3_jax.params import (
     quantize_params,
     zero_quant_stats,
 )
-from dsv3_jax.training.fp8_stats import CLASSES, make_fp8_stats, shares
+from dsv3_jax.training.evaluation import OPERANDS, fp8_fractions, make_fp8_stats
 from dsv3_jax.training.plots import plot_fp8
 from dsv3_jax.training.step import loss_and_gradients
 from sharding.layout import Layout
@@ -247,8 +247,8 @@ def test_counts_are_those_of_the_numbers():
     assert weights.all == 4 * down.size and weights.underflow == 4 * (values == 0).sum()
     assert activations.saturated >= n_tokens  # the largest of each tile is taken to 448
     assert not found["embedding"].any() and not found["moe.ffn.router"].any()
-    row = shares(counts)
-    assert set(row) == {f"fp8_{c}_{k}" for c in CLASSES for k in QuantStats._fields[1:]}
+    row = fp8_fractions(counts)
+    assert set(row) == {f"fp8_{c}_{k}" for c in OPERANDS for k in QuantStats._fields[1:]}
     assert row["fp8_activations_not_finite"] == 0 and row["fp8_weights_underflow"] < 0.1
 
 
@@ -308,7 +308,7 @@ def test_no_counts_has_a_place_for_every_weight():
 
 
 def test_plot_of_the_counts(tmp_path):
-    counts = {f"fp8_{c}_{k}": 0.01 for c in CLASSES for k in QuantStats._fields[1:]}
+    counts = {f"fp8_{c}_{k}": 0.01 for c in OPERANDS for k in QuantStats._fields[1:]}
     rows = [{"step": 1, "loss": 5.0}, {"step": 2, "eval_loss": 5.0} | counts]
     plot_fp8(rows, tmp_path / "plots" / "fp8.png")
     assert (tmp_path / "plots" / "fp8.png").stat().st_size > 10_000

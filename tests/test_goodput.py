@@ -33,13 +33,13 @@ def one_start(clock, folder, first: int, last: int, seconds: float = 2.0):
     clock.now += 4.0
     kept = Ledger(folder, begin)
     clock.now += 1.0
-    with kept.spent_on("step"):
+    with kept.timed("step"):
         for step in range(first, last):
-            with kept.spent_on("data"):
+            with kept.timed("data"):
                 clock.now += 1.0
             clock.now += seconds
-            kept.steps(first, step + 1)
-        with kept.spent_on("save"):
+            kept.record_steps(first, step + 1)
+        with kept.timed("save"):
             clock.now += 3.0
     kept.write()
 
@@ -50,7 +50,7 @@ def test_kinds_exclude_each_other(clock, tmp_path):
     assert found.starts == 1
     spent = {kind: part for kind, part in found.seconds.items() if part}
     assert spent == {"start": 5.0, "data": 10.0, "step": 20.0, "save": 3.0}
-    assert found.share == pytest.approx(20 / 38)
+    assert found.fraction == pytest.approx(20 / 38)
     assert "step 52.6%" in str(found) and "1 start," in str(found)
 
 
@@ -68,10 +68,10 @@ def test_repeated_steps_and_the_time_between_starts(clock, tmp_path):
 
 def test_a_start_that_is_killed_leaves_what_it_wrote(clock, tmp_path):
     kept = Ledger(tmp_path, clock.time())
-    with kept.spent_on("step"):
+    with kept.timed("step"):
         for step in range(1, 5):
             clock.now += 6.0  # longer than the time between writes
-            kept.steps(0, step)
+            kept.record_steps(0, step)
     row = json.loads((tmp_path / "ledger.jsonl").read_text())
     assert row["last"] == 4 and row["seconds"]["step"] == pytest.approx(24.0)
     assert row["end"] - row["begin"] == pytest.approx(24.0)
@@ -84,9 +84,9 @@ def test_a_clock_that_jumps(clock, tmp_path):
     begin = clock.time()
     kept = Ledger(tmp_path, begin)
     clock.offset += 3600.0
-    with kept.spent_on("step"):
+    with kept.timed("step"):
         clock.now += 2.0
-        kept.steps(10, 11)
+        kept.record_steps(10, 11)
     kept.write()
     found = goodput(tmp_path)
     assert found.seconds["down"] == 0.0

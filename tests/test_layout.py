@@ -15,7 +15,7 @@ from configs import load_preset, preset_names
 from dsv3_jax.model.deepseek import abstract_model, count_parameters
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.params import param_specs
-from dsv3_jax.training.state import parts_of
+from dsv3_jax.training.state import split_model
 from sharding.collectives import gather_steps
 from sharding.layout import MODEL_PARALLEL_AXES, Layout
 from sharding.mesh import BATCH, DATA_AXES, EXPERT_AXES, make_mesh, manual_region, parse_mesh
@@ -34,7 +34,7 @@ FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 
 @functools.cache
 def parameters(preset: str):
-    return parts_of(abstract_model(load_preset(preset).model, Policy()))[1]
+    return split_model(abstract_model(load_preset(preset).model, Policy()))[1]
 
 
 def flat(tree) -> dict:

@@ -18,7 +18,7 @@ from reference.stages import config_with, parameters
 from dsv3_jax.losses import LossFn, next_token_log_probs, target_counts, target_mask
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.training.state import first_state, parts_of
+from dsv3_jax.training.state import new_state, split_model
 from dsv3_jax.training.step import Metrics, make_step
 
 N_ROWS = 8
@@ -73,14 +73,14 @@ def step_on(mesh: str) -> tuple[Metrics, nnx.State, nnx.State]:
     """
     optimizer, (params, bias) = optax.sgd(1e4), parameters(config())
     step = make_step(config(), optimizer, *placed(mesh, config()), policy_gradient())
-    state, metrics = step(first_state(params, bias, optimizer), episodes())
+    state, metrics = step(new_state(params, bias, optimizer), episodes())
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, params)
     return jax.tree.map(np.asarray, metrics), change, jax.tree.map(np.asarray, state.bias)
 
 
 def test_value():
     batch = episodes()
-    graphdef, *_ = parts_of(abstract_model(config().model, Policy.of(config().precision)))
+    graphdef, *_ = split_model(abstract_model(config().model, Policy.of(config().precision)))
     model = nnx.merge(graphdef, *jax.tree.map(jnp.asarray, parameters(config())))
     logits = np.asarray(model(batch.tokens[:, :-1], doc_start=batch.doc_start[:, :-1]), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -22,7 +22,7 @@ from dsv3_jax.params import named_arrays
 from dsv3_jax.serving import decode, model_view
 from dsv3_jax.serving.generator import Generator
 from dsv3_jax.serving.model_view import ModelView
-from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
+from dsv3_jax.training.state import abstract_state, init_sharded_state, make_layout
 from dsv3_jax.training.step import make_step
 from sharding.mesh import BATCH, make_mesh, named_sharding, parse_mesh
 
@@ -40,9 +40,9 @@ def training(zero: int):
     """(config, mesh, a fresh state, the step) of a small run with MTP on four devices."""
     config, spec = config_of(zero), parse_mesh("dp2,ep2")
     mesh = make_mesh(spec, jax.devices()[:4])
-    layout, policy = layout_of(config, spec), Policy.of(config.precision)
+    layout, policy = make_layout(config, spec), Policy.of(config.precision)
     optimizer = make_optimizer(config.optimizer, policy)
-    state = fresh_state(config, optimizer, abstract_state(config, optimizer, mesh, layout))
+    state = init_sharded_state(config, optimizer, abstract_state(config, optimizer, mesh, layout))
     return config, mesh, state, make_step(config, optimizer, mesh, layout, loss_of(config))
 
 

@@ -20,7 +20,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.config_cli import from_dict, with_new_names
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.training.state import abstract_state, layout_of
+from dsv3_jax.training.state import abstract_state, make_layout
 from dsv3_jax.weights.abstract_params import abstract_params
 from dsv3_jax.weights.sources import open_weights
 from sharding.layout import Layout
@@ -49,9 +49,9 @@ def test_a_run_resumes_on_another_mesh(older_run):
     config, spec = from_dict(Config, with_new_names(saved)), parse_mesh("dp2,ep2")
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     mesh = make_mesh(spec, jax.devices()[:4])
-    abstract = abstract_state(config, optimizer, mesh, layout_of(config, spec))
+    abstract = abstract_state(config, optimizer, mesh, make_layout(config, spec))
     checkpoints = CheckpointManager(older_run / "checkpoints", keep=None)
-    resumed = checkpoints.resume(abstract._replace(ema=abstract.params))
+    resumed = checkpoints.resume(to_saved(abstract, abstract.params))
     assert resumed.step == 2 and resumed.extra["row"] == 8
     expected = values(checkpoints.signatures())
     for array, value in zip(jax.tree.leaves(resumed.state), expected.values(), strict=True):

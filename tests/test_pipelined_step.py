@@ -15,7 +15,7 @@ from dsv3_jax.losses import Batch
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.params import param_specs
 from dsv3_jax.pipeline_plan import pipeline_of, stage_sizes
-from dsv3_jax.training.state import layout_of
+from dsv3_jax.training.state import make_layout
 from sharding.mesh import parse_mesh
 
 
@@ -96,7 +96,7 @@ def test_parameters_lie_as_without_stages(mesh, flat):
     config = config_of()
     params, _ = parameters(config)
     stages, plain = (
-        param_specs(params, layout_of(config, parse_mesh(text))) for text in (mesh, flat)
+        param_specs(params, make_layout(config, parse_mesh(text))) for text in (mesh, flat)
     )
 
     def axes(spec):

@@ -32,7 +32,7 @@ from dsv3_jax.plan.ranking import meshes, ranking
 from dsv3_jax.plan.report import counts, make_plan
 from dsv3_jax.plan.speed import context_bytes, exchange_bytes, flops_per_token, speed
 from dsv3_jax.schedules import with_batch
-from dsv3_jax.training.state import abstract_state, layout_of
+from dsv3_jax.training.state import abstract_state, make_layout
 from sharding.mesh import AXES, REPLICATED, MeshSpec, manual_region, parse_mesh
 
 V5P = hardware.V5P
@@ -86,7 +86,7 @@ def test_stored_memory_is_that_of_the_state(name, mesh, zero):
     config = with_batch(config, spec.n_data_shards)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     devices = AbstractMesh(tuple(spec.sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4)
-    state = abstract_state(config, optimizer, devices, layout_of(config, spec))
+    state = abstract_state(config, optimizer, devices, make_layout(config, spec))
     parts = memory(config, spec)
     assert parts["master"] == bytes_a_device(state.params)
     assert parts["moments"] == bytes_a_device(state.optimizer)
@@ -109,7 +109,7 @@ def test_activation_memory_grows_with_batch_and_saved_arrays():
 
 def traced_bytes(config: Config, mesh: MeshSpec, moe: bool) -> int:
     """Return the bytes of what a real layer keeps for its backward under the config's remat."""
-    layout, policy = layout_of(config, mesh), Policy.of(config.precision)
+    layout, policy = make_layout(config, mesh), Policy.of(config.precision)
     model = abstract_model(config.model, policy)
     graphdef, params, rest = nnx.split(model.moe if moe else model.dense, nnx.Param, ...)
     residuals = []

@@ -28,7 +28,7 @@ from dsv3_jax.model.deepseek import count_parameters
 from dsv3_jax.model.rope import frequencies
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.training.state import abstract_state, layout_of
+from dsv3_jax.training.state import abstract_state, make_layout
 from dsv3_jax.training.step import make_step
 from dsv3_jax.weights.hf_names import param_shapes
 from sharding.mesh import AXES, BATCH, MeshSpec, parse_mesh
@@ -122,7 +122,7 @@ def abstract_step(config: Config, spec: MeshSpec):
     check_mesh(config, spec)
     sizes = tuple(spec.sizes.values())
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    layout, train = layout_of(config, spec), config.train
+    layout, train = make_layout(config, spec), config.train
     policy = Policy.of(config.precision)
     optimizer = make_optimizer(config.optimizer, policy)
     shape = (train.batch, train.seq_len + 1 + config.model.mtp_depth)

@@ -15,7 +15,7 @@ from reference.routings import D, E, K, O, T, adversarial, apply_matrices, integ
 from reference.small_step import assert_same, batch_of, config_of, loss_of, parameters, placed
 
 from configs import load_preset
-from dsv3_jax.training.rebalance import Redundancy
+from dsv3_jax.training.rebalance import ExpertRebalancer
 from dsv3_jax.training.step import loss_and_gradients
 from sharding.eplb import choose_redundant
 from sharding.expert_parallel import DispatchConfig, expert_all_to_all
@@ -137,11 +137,11 @@ def test_placements_follow_the_load():
     shape = (config.model.n_moe_layers, moe.n_experts)
     load = np.ones(shape, np.float32)
     load[:, 3] = 50.0
-    run = Redundancy(config, mesh)
+    run = ExpertRebalancer(config, mesh)
     first = np.asarray(run.slots)
     run.observe(1, load)
     np.testing.assert_array_equal(run.slots, first)
-    resumed = Redundancy(config, mesh, run.saved())
+    resumed = ExpertRebalancer(config, mesh, run.to_dict())
     for one in (run, resumed):
         one.observe(2, load)
         slots = np.asarray(one.slots)
@@ -149,5 +149,5 @@ def test_placements_follow_the_load():
     np.testing.assert_array_equal(run.slots, resumed.slots)
     other = dataclasses.replace(moe, n_redundant=16)
     model = dataclasses.replace(config.model, moe=other)
-    fewer = Redundancy(dataclasses.replace(config, model=model), mesh, run.saved())
+    fewer = ExpertRebalancer(dataclasses.replace(config, model=model), mesh, run.to_dict())
     assert fewer.slots.shape == (shape[0], 16), "another number of slots begins afresh"

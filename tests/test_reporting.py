@@ -10,9 +10,12 @@ import pytest
 import rich.console
 
 from dsv3_jax.hardware import BF16_FLOPS
+from dsv3_jax.progress import TrainingProgress
 from dsv3_jax.training import reporting
-from dsv3_jax.training.plots import max_violation, plot_expert_load, plot_loss, smoothed
-from dsv3_jax.training.reporting import MetricsLog, Progress, device_peak, matmul_peak
+from dsv3_jax.training.expert_load import max_violation
+from dsv3_jax.training.plots import plot_expert_load, plot_loss, smoothed
+from dsv3_jax.training.records import read_rows
+from dsv3_jax.training.reporting import MetricsLog, device_peak, matmul_peak
 
 
 def row(step: int, loss: float = 2.5) -> dict:
@@ -20,7 +23,7 @@ def row(step: int, loss: float = 2.5) -> dict:
 
 
 def steps_in(path) -> list[int]:
-    return [row["step"] for row in reporting.read(path)]
+    return [row["step"] for row in read_rows(path)]
 
 
 def test_rows_come_back_bit_for_bit(tmp_path):
@@ -28,9 +31,9 @@ def test_rows_come_back_bit_for_bit(tmp_path):
     log = MetricsLog(tmp_path, None)
     for step, loss in enumerate(losses, start=1):
         log.log(row(step, float(loss)))
-        assert len(reporting.read(tmp_path / "metrics.jsonl")) == step  # without close
+        assert len(read_rows(tmp_path / "metrics.jsonl")) == step  # without close
     log.close()
-    assert reporting.read(tmp_path / "metrics.jsonl") == [
+    assert read_rows(tmp_path / "metrics.jsonl") == [
         row(step, float(loss)) for step, loss in enumerate(losses, start=1)
     ]
 
@@ -49,7 +52,7 @@ def test_a_killed_and_resumed_run_has_each_step_once(tmp_path):
     resumed.close()
     log.close()
     assert steps_in(path) == [1, 2, 3, 4, 5, 5, 6]
-    assert reporting.read(path)[-1]["loss"] == 1.5
+    assert read_rows(path)[-1]["loss"] == 1.5
     assert not path.with_suffix(".tmp").exists()
 
 
@@ -76,7 +79,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is no JSON"):
-        reporting.read(path)
+        read_rows(path)
 
 
 def test_tensorboard_files_are_written(tmp_path):
@@ -90,7 +93,7 @@ def test_tensorboard_files_are_written(tmp_path):
 def shown(total: int, start: int, terminal: bool) -> str:
     file = io.StringIO()
     console = rich.console.Console(file=file, force_terminal=terminal, width=110)
-    with Progress(total, start, "MFU", console) as progress:
+    with TrainingProgress(total, start, "MFU", console) as progress:
         for step in range(start + 1, total + 1):
             progress.update(step, loss=2.0, tokens_per_second=54_321.0, utilization=0.39)
         progress.print("sample: [b]once upon a time[/b] " + "x" * 120)

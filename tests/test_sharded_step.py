@@ -33,7 +33,7 @@ from dsv3_jax.config import ParallelConfig
 from dsv3_jax.model.moe import RouterStats
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer, updated_bias
-from dsv3_jax.training.state import abstract_state, fresh_state
+from dsv3_jax.training.state import abstract_state, init_sharded_state
 from dsv3_jax.training.step import loss_and_gradients, make_step, reduce_stats, update_bias
 from sharding.expert_parallel import make_dispatch_config
 from sharding.layout import Layout
@@ -168,7 +168,7 @@ def steps(mesh_text: str, n: int):
     mesh, layout = placed(mesh_text, config)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     abstract = abstract_state(config, optimizer, mesh, layout)
-    state = fresh_state(config, optimizer, abstract)
+    state = init_sharded_state(config, optimizer, abstract)
     step, out = make_step(config, optimizer, mesh, layout, loss_of(config)), []
     for i in range(n):
         with compilations() as count:

@@ -33,7 +33,7 @@ def fast(monkeypatch):
 
 def run(tmp_path, body: str, n: int = 1, supervise: bool = True) -> int:
     command = [sys.executable, "-c", COUNT + body, str(tmp_path)]
-    return supervisor.run(command, n, supervise, tmp_path)
+    return supervisor.supervise(command, n, supervise, tmp_path)
 
 
 def starts(tmp_path) -> int:
@@ -63,7 +63,7 @@ def test_without_supervision_a_crash_is_the_end(tmp_path):
 
 def test_it_gives_up_with_the_reason(tmp_path, capfd):
     assert run(tmp_path, "sys.exit('no such disk')") == 1
-    assert starts(tmp_path) == supervisor.MOST_CRASHES
+    assert starts(tmp_path) == supervisor.MAX_CRASHES
     assert "giving up after 5 crashes without a new checkpoint" in capfd.readouterr().err
     assert events(tmp_path)[-1]["event"] == "gave up"
     assert "no such disk" in events(tmp_path)[-1]["text"]
@@ -106,9 +106,9 @@ time.sleep(600)
     parent = f"""
 import sys
 from pathlib import Path
-from dsv3_jax.training.supervisor import run
+from dsv3_jax.training.supervisor import supervise
 folder = {str(tmp_path)!r}
-sys.exit(run([sys.executable, "-c", {script!r}, folder], 1, True, Path(folder)))
+sys.exit(supervise([sys.executable, "-c", {script!r}, folder], 1, True, Path(folder)))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", parent], env=environment)

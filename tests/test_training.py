@@ -18,7 +18,7 @@ from dsv3_jax.data.tokenizer import train_bpe
 from dsv3_jax.losses import Batch, next_token_loss
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
+from dsv3_jax.training.state import abstract_state, init_sharded_state, make_layout
 from dsv3_jax.training.step import make_step
 from dsv3_jax.training.workdir import check_text, check_tokenizer, check_workdir
 from sharding.mesh import BATCH, make_mesh, parse_mesh
@@ -28,10 +28,10 @@ def test_first_step_of_the_tiny_preset():
     """Loss and gradient norm of step 1, as first measured."""
     config = override(load_preset("tiny"), "parallel.unroll=1")  # a smaller program, the same sums
     spec = parse_mesh("dp2,ep2x2")
-    mesh, layout = make_mesh(spec), layout_of(config, spec)
+    mesh, layout = make_mesh(spec), make_layout(config, spec)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     abstract = abstract_state(config, optimizer, mesh, layout)
-    state = fresh_state(config, optimizer, abstract)
+    state = init_sharded_state(config, optimizer, abstract)
     tokens = np.random.default_rng(0).integers(0, 2048, (32, 130)).astype(np.int32)
     batch = jax.device_put(Batch(tokens, np.ones(tokens.shape, bool)), NamedSharding(mesh, BATCH))
     loss_fn = next_token_loss(config.losses, config.model.mtp_depth)
@@ -139,7 +139,8 @@ ERRORS = [
 def test_command_line_errors(arguments, message, tmp_path, monkeypatch, capsys):
     """In this process, whose devices are there already."""
     monkeypatch.setattr(
-        train, "start_devices", lambda text, sharers: parse_mesh(text, 8 if "*" in text else None)
+        "sharding.mesh.start_devices",
+        lambda text, n_processes: parse_mesh(text, 8 if "*" in text else None),
     )
     monkeypatch.setattr(sys, "argv", ["train.py", f"--workdir={tmp_path / 'run'}", *arguments])
     with pytest.raises(SystemExit, match="2"):

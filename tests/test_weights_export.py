@@ -26,7 +26,7 @@ from dsv3_jax.config_cli import to_dict
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.params import named_arrays
-from dsv3_jax.training.state import abstract_state, layout_of, state_from
+from dsv3_jax.training.state import abstract_state, load_state, make_layout
 from dsv3_jax.weights import save
 from dsv3_jax.weights.__main__ import main
 from dsv3_jax.weights.abstract_params import abstract_params
@@ -232,10 +232,10 @@ def as_run(model) -> Config:
 def start(config: Config, folder: Path, mesh: str = "dp2,ep2"):
     """The state that a run on 4 devices starts with, and what it should look like."""
     spec = parse_mesh(mesh)
-    mesh, layout = make_mesh(spec, jax.devices()[:4]), layout_of(config, spec)
+    mesh, layout = make_mesh(spec, jax.devices()[:4]), make_layout(config, spec)
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     abstract = abstract_state(config, optimizer, mesh, layout)
-    return state_from(open_weights(folder), optimizer, abstract), abstract
+    return load_state(open_weights(folder), optimizer, abstract), abstract
 
 
 def check_start(started, official: Path):

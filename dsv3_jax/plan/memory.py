@@ -21,7 +21,7 @@ from dsv3_jax.model.deepseek import STACKS, abstract_model
 from dsv3_jax.numerics.kernels.attention_ref import query_spans
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import E4M3, TILE
-from dsv3_jax.training.state import layout_of, parts_of
+from dsv3_jax.training.state import make_layout, split_model
 from sharding.dispatch import round_capacity
 from sharding.layout import Layout
 from sharding.mesh import AXES, MeshSpec
@@ -42,7 +42,7 @@ class ParamShard(NamedTuple):
 @functools.cache
 def parameters(model: ModelConfig) -> dict[str, list[nnx.Variable]]:
     """Return the shapes of the parameters, by part of the model."""
-    _, params, *_ = parts_of(abstract_model(model, Policy()))
+    _, params, *_ = split_model(abstract_model(model, Policy()))
     leaves = functools.partial(jax.tree.leaves, is_leaf=lambda x: isinstance(x, nnx.Variable))
     return {name: leaves(part) for name, part in params.items()}
 
@@ -237,5 +237,5 @@ def head(config: Config, mesh: MeshSpec) -> dict[str, float]:
 
 def memory(config: Config, mesh: MeshSpec) -> dict[str, float]:
     """Return the bytes that a device holds, by part."""
-    parts = weights(config, layout_of(config, mesh)) | activations(config, mesh)
+    parts = weights(config, make_layout(config, mesh)) | activations(config, mesh)
     return parts | exchange(config, mesh) | head(config, mesh)

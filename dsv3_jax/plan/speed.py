@@ -20,7 +20,7 @@ from dsv3_jax.interconnect import HostMesh, TorusMesh, lay_out
 from dsv3_jax.model.deepseek import STACKS, abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.plan.memory import expert_rows, param_shards, tokens_per_device, weights
-from dsv3_jax.training.state import layout_of
+from dsv3_jax.training.state import make_layout
 from sharding.mesh import MeshSpec
 
 # A layer's FLOPs over its time without communication, as a share of the bf16 peak. An estimate: the
@@ -102,7 +102,7 @@ def zero_seconds(config: Config, mesh: MeshSpec, links: TorusMesh | HostMesh) ->
     ZeRO-1 gathers once; ZeRO-3 every layer, and again when remat repeats it. Gradients of arrays
     that some axes replicate are also summed over those.
     """
-    layout, policy = layout_of(config, mesh), Policy.of(config.precision)
+    layout, policy = make_layout(config, mesh), Policy.of(config.precision)
     repeats = 2 if layout.zero == 3 and config.parallel.remat != "none" else 1
     moved, master = collections.Counter(), policy.master.itemsize
     for name, part in param_shards(config.model, policy, layout).items():
@@ -127,7 +127,7 @@ def head_seconds(config: Config, mesh: MeshSpec, links: TorusMesh | HostMesh) ->
 
 def update_seconds(config: Config, mesh: MeshSpec, chip: Chip) -> float:
     """Return the seconds of AdamW, which reads and writes weights and moments in HBM."""
-    parts = weights(config, layout_of(config, mesh))
+    parts = weights(config, make_layout(config, mesh))
     return (3 * parts["master"] + 2 * parts["moments"]) / chip.hbm_bandwidth
 
 

@@ -1,32 +1,48 @@
-"""Where the time of a run went: every second of every start of it, by what it was spent on.
+"""Goodput: the fraction of a run's time that went into steps that count, and where the rest went.
 
-`ledger.jsonl` has a row a start: {"begin", "end" (seconds since 1970), "first", "last" (steps),
-"seconds": {kind: seconds}}. The row of the start under way is written anew every few seconds, so a
-killed one leaves nearly all of its time there. Between two rows nothing ran.
+`ledger.jsonl` has one row per start of the run: {"begin", "end" (seconds since 1970), "first",
+"last" (steps), "seconds": {kind: seconds}}. The last row is rewritten every few seconds, so that a
+killed start loses little of its time. Between two rows nothing ran.
 """
 
 import contextlib
+import itertools
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv3_jax.training.reporting import read, write_atomically
+from dsv3_jax.training.records import read_rows, write_atomically
 
 KINDS = ("step", "data", "compile", "evaluate", "save", "restore", "audit", "start", "end")
 WRITE_EVERY = 5.0  # seconds
 
 
+def process_start_time() -> float:
+    """Return when this process began, in seconds since 1970; now, where the system hides it."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.time()
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])  # since boot
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
+
+
 class Ledger:
-    """Counts the time of this start of a run; what is in no `kind` counts as "start" or "step"."""
+    """The time of this start of a run by kind; it begins in the kind "start"."""
 
     def __init__(self, folder: Path, begin: float | None = None):
-        """Begin a row, at the time `begin` of the clock (when the process began), or now."""
+        """Begin a row in `folder`.
+
+        Args:
+            begin: when the process began, in seconds since 1970; None for now.
+        """
         self._path = folder / "ledger.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self._rows = read(self._path) if self._path.exists() else []
+        self._rows = read_rows(self._path) if self._path.exists() else []
         now = time.time()
         begin = now if begin is None else begin
         self._begin, self._clock = begin, time.monotonic() - max(now - begin, 0.0)
@@ -35,28 +51,28 @@ class Ledger:
         self._first = self._last = 0
 
     @contextlib.contextmanager
-    def spent_on(self, kind: str) -> Iterator[None]:
-        """What happens inside counts as that kind, and as no other."""
-        before = self._turn_to(kind)
+    def timed(self, kind: str) -> Iterator[None]:
+        """Count the time inside as `kind`, and as no other."""
+        before = self._switch_to(kind)
         try:
             yield
         finally:
-            self._turn_to(before)
+            self._switch_to(before)
 
-    def steps(self, first: int, last: int):
-        """Note which steps this start has run: those after `first`, up to `last`."""
+    def record_steps(self, first: int, last: int):
+        """Record that this start has run the steps after `first`, up to `last`."""
         self._first, self._last = first, last
         if time.monotonic() - self._written > WRITE_EVERY:
             self.write()
 
     def write(self):
         """Write the row."""
-        self._turn_to(self._kind)
+        self._switch_to(self._kind)
         self._written = time.monotonic()
         text = "".join(json.dumps(row) + "\n" for row in [*self._rows, self._row()])
         write_atomically(self._path, text)
 
-    def _turn_to(self, kind: str) -> str:
+    def _switch_to(self, kind: str) -> str:
         now = time.monotonic()
         self._seconds[self._kind] += now - self._clock
         before, self._kind, self._clock = self._kind, kind, now
@@ -73,37 +89,39 @@ class Ledger:
 
 
 class Goodput(NamedTuple):
-    """Seconds of a run by kind, from the beginning of its first start to the end of its last."""
+    """Seconds of a run by kind, from the beginning of its first start to the end of its last.
 
-    seconds: dict[str, float]  # with "repeated" (steps that were lost) and "down"
+    Kinds are those of `KINDS`, "repeated" (steps that a crash lost) and "down" (between starts).
+    """
+
+    seconds: dict[str, float]
     starts: int
 
     @property
-    def share(self) -> float:
-        """Of all the time, that of steps which count."""
+    def fraction(self) -> float:
+        """The time of steps that count over all time."""
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     def __str__(self) -> str:
         total = max(sum(self.seconds.values()), 1e-9)
-        parts = sorted(self.seconds.items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{kind} {part / total:.1%}" for kind, part in parts if part > 0)
+        kinds = sorted(self.seconds.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{kind} {time / total:.1%}" for kind, time in kinds if time > 0)
         return f"{self.starts} start{'s' * (self.starts > 1)}, {total:,.0f} seconds: {shown}"
 
 
 def goodput(folder: Path) -> Goodput:
-    """What the rows of a ledger add up to.
+    """Return the sum of the rows in a folder's ledger.
 
-    A step that a later start ran again counts as "repeated", with the mean time of its start's
-    steps. A clock that was set back between two starts makes no time between them.
+    A step that a later start ran again counts as "repeated", with the mean step time of its start.
+    If the clock was set back between two starts, no time counts as "down" between them.
     """
-    rows = read(folder / "ledger.jsonl")
+    rows = read_rows(folder / "ledger.jsonl")
     total: Counter[str] = Counter(dict.fromkeys(KINDS, 0.0))
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
+    for row in rows:
         total.update(row["seconds"])
-        if after is None:
-            continue
+    for row, after in itertools.pairwise(rows):
         done, lost = row["last"] - row["first"], row["last"] - max(after["first"], row["first"])
-        again = row["seconds"].get("step", 0.0) * lost / done if lost > 0 else 0.0
-        total.update({"step": -again, "repeated": again})
+        repeated = row["seconds"].get("step", 0.0) * lost / done if lost > 0 else 0.0
+        total.update({"step": -repeated, "repeated": repeated})
         total["down"] += max(after["begin"] - row["end"], 0.0)
     return Goodput(dict(total), len(rows))

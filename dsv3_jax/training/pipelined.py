@@ -37,7 +37,7 @@ from dsv3_jax.params import (
     set_grad_taps,
 )
 from dsv3_jax.pipeline_plan import pipeline_of
-from dsv3_jax.training.state import parts_of
+from dsv3_jax.training.state import split_model
 from sharding.collectives import pmax_all, psum_all
 from sharding.layout import Layout, gather_layers, max_per_layer, own_layers
 from sharding.mesh import BATCH, REPLICATED, manual_region
@@ -62,9 +62,9 @@ def pipelined(
     places = tuple(map(tuple, places.reshape(len(places), -1).tolist()))
     model = abstract_model(config.model, policy)
     layer_graph = nnx.graphdef(model.moe)
-    _, params, *_ = parts_of(model)
+    _, params, *_ = split_model(model)
     model.moe = None
-    ends_graph, *_ = parts_of(model)
+    ends_graph, *_ = split_model(model)
     stored = param_specs(params, layout)
 
     def shard(params, bias, batch, tokens_seen, _):

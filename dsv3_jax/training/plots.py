@@ -1,4 +1,4 @@
-"""Pictures of a run, from the rows of its metrics and from the load of its experts."""
+"""The plots of a run: losses, expert load, FP8 statistics, the pipeline schedule."""
 
 from pathlib import Path
 
@@ -8,18 +8,36 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dsv3_jax.pipeline_plan import Pipeline
+from dsv3_jax.training.expert_load import LoadHistory, max_violation
+from dsv3_jax.training.setup import Setup
 from sharding import gantt
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#666666"
+
+
+def plot_run(setup: Setup, rows: list[dict], loads: LoadHistory, folder: Path):
+    """Draw everything that a run plots at its end.
+
+    Args:
+        rows: of metrics.jsonl, as `read_rows` returns them.
+        folder: of the PNGs.
+    """
+    plot_loss(rows, folder / "loss.png", setup.corpus.unigram_entropy)
+    if setup.config.fp8_stats:
+        plot_fp8(rows, folder / "fp8.png")
+    if setup.pipeline is not None:
+        plot_pipeline(setup.pipeline, folder / "pipeline.png")
+    if setup.config.model.moe:
+        plot_expert_load(*loads.arrays(), folder / "expert_load.png")
 
 
 def plot_loss(rows: list[dict], path: str | Path, unigram_entropy: float):
     """Draw training, MTP and held-out loss over the tokens seen.
 
     Args:
-        rows: what `metrics.read` returns; a null loss leaves a gap.
+        rows: of metrics.jsonl; a null loss leaves a gap.
         path: the PNG to write.
-        unigram_entropy: nats a token of the held-out text; a model below it uses context.
+        unigram_entropy: of the held-out text, in nats per token; a loss below it needs context.
     """
     figure = matplotlib.figure.Figure(figsize=(8.0, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -33,7 +51,7 @@ def plot_loss(rows: list[dict], path: str | Path, unigram_entropy: float):
         axes.plot(tokens, smoothed(losses), color=color, linewidth=1.8, label=label)
     for name, style, label in (
         ("eval_loss", {"marker": "o", "markersize": 5}, "held-out"),
-        ("eval_ema_loss", {"marker": "+", "markersize": 7}, "held-out, mean weights"),
+        ("eval_ema_loss", {"marker": "+", "markersize": 7}, "held-out, EMA weights"),
     ):
         tokens, losses = _series(rows, name, tokens_of)
         if len(tokens):
@@ -48,7 +66,7 @@ def plot_loss(rows: list[dict], path: str | Path, unigram_entropy: float):
         ha="right",
         color=GREY,
     )
-    axes.set(title="Loss", xlabel="tokens", ylabel="cross entropy (nats a token)")
+    axes.set(title="Loss", xlabel="tokens", ylabel="cross entropy (nats per token)")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)
@@ -57,7 +75,7 @@ def plot_loss(rows: list[dict], path: str | Path, unigram_entropy: float):
 
 
 def plot_pipeline(pipeline: Pipeline, path: Path):
-    """Draw what every rank of the pipeline does in a step, in time on paper."""
+    """Draw the schedule of a step on every rank of the pipeline, by modelled time."""
     table, costs = pipeline.table, pipeline.costs
     size = (14.0, 1.6 + 0.3 * table.stages.n_ranks)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
@@ -72,12 +90,11 @@ def plot_pipeline(pipeline: Pipeline, path: Path):
 def plot_expert_load(
     steps: Int[np.ndarray, " steps"], loads: Float[np.ndarray, "steps L E"], path: str | Path
 ):
-    """Draw the experts' load over the mean: at the last step, over time in the layer where it is
-    least even, and the imbalance of all layers over time.
+    """Draw the experts' load: at the last step, over time in the worst layer, and its imbalance.
 
     Args:
-        steps: when the loads were seen.
-        loads: tokens that each expert of each MoE layer received in those steps.
+        steps: of the loads.
+        loads: tokens that each expert of each MoE layer received in each step.
         path: the PNG to write.
     """
     figure = matplotlib.figure.Figure(figsize=(13.0, 4.2), layout="constrained")
@@ -85,12 +102,12 @@ def plot_expert_load(
     relative = loads / np.maximum(loads.mean(-1, keepdims=True), 1e-30)
     violations = max_violation(loads)
     worst = int(violations.mean(0).argmax())
-    look = {"aspect": "auto", "cmap": "RdBu_r", "vmin": 0.0, "vmax": 2.0}
-    left.imshow(relative[-1], **look)
+    style = {"aspect": "auto", "cmap": "RdBu_r", "vmin": 0.0, "vmax": 2.0}
+    left.imshow(relative[-1], **style)
     left.set(title="Expert load at the last step", xlabel="expert", ylabel="MoE layer")
     left.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     span = (steps[0], max(steps[-1], steps[0] + 1), loads.shape[-1] - 0.5, -0.5)
-    image = middle.imshow(relative[:, worst].T, extent=span, interpolation="nearest", **look)
+    image = middle.imshow(relative[:, worst].T, extent=span, interpolation="nearest", **style)
     figure.colorbar(image, ax=middle, label="load / mean", extend="max")
     middle.set(title=f"Load over time, MoE layer {worst}", xlabel="step", ylabel="expert")
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, violations.shape[1]))
@@ -105,17 +122,17 @@ def plot_expert_load(
 
 
 def plot_fp8(rows: list[dict], path: str | Path):
-    """Draw over the steps which shares of activations, gradients and weights FP8 loses.
+    """Draw the fractions of activations, gradients and weights that FP8 loses, over the steps.
 
     Args:
-        rows: what `metrics.read` returns, of a run with `fp8_stats`.
+        rows: of metrics.jsonl, of a run with `fp8_stats`.
         path: the PNG to write.
     """
     rows = [row for row in rows if "fp8_weights_underflow" in row]
     figure = matplotlib.figure.Figure(figsize=(12.0, 3.8), layout="constrained")
     titles = {
-        "underflow": "Underflow (not 0, but the code is)",
-        "saturated": "Saturated (code \u00b1448)",
+        "underflow": "Underflow (not 0, but 0 in FP8)",
+        "saturated": "Saturated (\u00b1448 in FP8)",
         "not_finite": "NaN or infinite",
     }
     for axes, (kind, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
@@ -126,23 +143,16 @@ def plot_fp8(rows: list[dict], path: str | Path):
         axes.set_ylim(bottom=0.0)
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("share of the numbers in products")
+    figure.axes[0].set_ylabel("fraction of the numbers in matmuls")
     figure.axes[0].legend(frameon=False)
     _save(figure, path)
 
 
-def max_violation(load: Float[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
-    """By how much the busiest expert exceeds the mean load: max / mean - 1.
-
-    Source: Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664), MaxVio.
-    """
-    return load.max(-1) / load.mean(-1) - 1.0
-
-
 def smoothed(values: Float[np.ndarray, " T"], share: float = 0.02) -> Float[np.ndarray, " T"]:
-    """Mean over a centred window of `share` of the values, narrower at both ends; skips NaN."""
-    places, reach = np.arange(len(values)), int(len(values) * share / 2)
-    first, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    """Return the means over centred windows of a `share` of the values; NaN does not count."""
+    positions, half_window = np.arange(len(values)), int(len(values) * share / 2)
+    first = np.maximum(positions - half_window, 0)
+    end = np.minimum(positions + half_window + 1, len(values))
     finite = np.isfinite(values)
     sums = np.append(0.0, np.cumsum(np.where(finite, values, 0.0)))
     counts = np.append(0.0, np.cumsum(finite))

@@ -1,20 +1,22 @@
-"""What a run reports while it trains: rows on disk, a progress display and the machine's peak."""
+"""The reports of a run: metrics and events on disk, progress and text on a console."""
 
-import datetime
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import rich.console
-import rich.progress
 import tensorboardX
 from jax.typing import DTypeLike
 
+from dsv3_jax.flops import training_flops_per_token
 from dsv3_jax.hardware import BF16_FLOPS
+from dsv3_jax.numerics.policy import Policy
+from dsv3_jax.progress import TrainingProgress
+from dsv3_jax.training.records import EventLog, read_rows, write_atomically
+from dsv3_jax.training.setup import Setup
 
 
 class MetricsLog:
@@ -32,8 +34,8 @@ class MetricsLog:
         self._open(resume_step or 0)
 
     def _open(self, step: int):
-        kept = read(self._path) if self._path.exists() else []
-        write_atomically(self._path, "".join(_line(row) for row in kept if row["step"] <= step))
+        rows = read_rows(self._path) if self._path.exists() else []
+        write_atomically(self._path, "".join(_line(row) for row in rows if row["step"] <= step))
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(
             str(self._path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10
@@ -60,31 +62,6 @@ class MetricsLog:
         self._board.close()
 
 
-def read(path: str | Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`, without a last line that a killed run left unfinished.
-
-    Raises:
-        ValueError: a line before it is no JSON.
-    """
-    *lines, _ = Path(path).read_text().split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} is no JSON ({error}): {line[:80]!r}; remove that line"
-            ) from error
-    return rows
-
-
-def write_atomically(path: Path, text: str):
-    """Replace a file's text so that a kill leaves either the old text or the new."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _line(row: dict) -> str:
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -93,89 +70,71 @@ def _line(row: dict) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-class Progress:
-    """A bar with loss, speed and time left; without a terminal about 20 plain lines instead.
+class Reporter:
+    """The console, events, metrics and progress of one process; process 0 alone prints.
 
-    Args:
-        total: the last step of the run.
-        start: the step resumed from.
-        label: what the utilization is a share of, from `device_peak`.
+    `folder` holds the reports: the workdir for process 0, a folder of its own for each other one.
     """
 
-    def __init__(
-        self, total: int, start: int, label: str, console: rich.console.Console | None = None
-    ):
-        self._total, self._start, self._label = total, start, label
-        self._every = max(1, math.ceil((total - start) / 20))
-        self._first: tuple[int, float] | None = None
-        self._console = console or rich.console.Console()
-        self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(bar_width=12),
-            rich.progress.TextColumn("{task.description}", markup=False),
-            console=self._console,
-            disable=not self._console.is_terminal,
+    def __init__(self, workdir: Path):
+        process = jax.process_index()
+        self.folder = workdir / "processes" / str(process) if process else workdir
+        self.console = rich.console.Console(quiet=process > 0, highlight=False, soft_wrap=True)
+        self._events = EventLog(self.folder)
+
+    def note(self, event: str, text: str, step: int):
+        """Print a line, and write it to events.jsonl."""
+        self._events.add(event, text=text, step=step)
+        self.console.print(text, markup=False)
+
+    def start_steps(self, setup: Setup, first: int):
+        """Open the metrics and the progress bar after step `first`; measure the devices' peak."""
+        config = setup.config
+        compute = Policy.of(config.precision).compute
+        peak, label = device_peak(jax.local_devices()[0], compute)
+        self._peak_flops = peak * setup.mesh.size
+        self._flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
+        self.metrics = MetricsLog(self.folder, first)
+        self.progress = TrainingProgress(config.train.steps, first, label, self.console)
+
+    def report_step(self, row: dict[str, int | float], n_tokens: int, seconds: float):
+        """Log the metrics of a step that trained on `n_tokens` tokens, and show its progress."""
+        speed = n_tokens / seconds
+        self.metrics.log(row | {"tokens_per_second": speed})
+        self.progress.update(
+            row["step"],
+            loss=row["loss"],
+            tokens_per_second=speed,
+            utilization=speed * self._flops_per_token / self._peak_flops,
         )
-        self._task = self._bar.add_task("compiling", total=total, completed=start)
-
-    def __enter__(self) -> "Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception):
-        self._bar.stop()
-
-    def update(self, step: int, *, loss: float, tokens_per_second: float, utilization: float):
-        """Show the numbers of the finished `step`; `utilization` is a share of the peak, 0 to 1."""
-        text = (
-            f"step {step:,}/{self._total:,}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
-            f"{self._time_left(step)} left  {utilization:.1%} {self._label}"
-        )
-        self._bar.update(self._task, completed=step, description=text)
-        due = step % self._every == 0 or step in (self._start + 1, self._total)
-        if due and not self._console.is_terminal:
-            self.print(text)
-
-    def print(self, line: str):
-        """Print a line above the bar."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _time_left(self, step: int) -> str:
-        """Hours, minutes and seconds, from the steps after the first, which compiles."""
-        now = time.monotonic()
-        self._first = self._first or (step, now)
-        first, then = self._first
-        if step == first:
-            return "-:--:--"
-        seconds = (now - then) / (step - first) * (self._total - step)
-        return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def device_peak(device: jax.Device, dtype: DTypeLike) -> tuple[float, str]:
-    """FLOP/s that products of `dtype` can reach on `device`, and what to call a share of it.
+    """Return the matmul FLOP/s of `dtype` on `device`, and the name of a fraction of it.
 
     From the data sheet where it is known, else measured; CPU devices share their host's cores.
     """
     if device.device_kind in BF16_FLOPS and jnp.dtype(dtype) == jnp.bfloat16:
         return BF16_FLOPS[device.device_kind], "MFU"
-    sharers = jax.local_device_count() if device.platform == "cpu" else 1
-    return matmul_peak(dtype) / sharers, "of measured matmul peak"
+    n_sharing = jax.local_device_count() if device.platform == "cpu" else 1
+    return matmul_peak(dtype) / n_sharing, "of measured matmul peak"
 
 
 def matmul_peak(dtype: DTypeLike, seconds: float = 0.5) -> float:
-    """Measured FLOP/s of a large square product on one device; on CPU it uses all cores.
+    """Return the measured FLOP/s of a large square matmul on one device; a CPU uses all cores.
 
-    The product grows until one takes an eighth of `seconds`; the fastest of several counts.
+    The size grows until one matmul takes an eighth of `seconds`; the fastest of several counts.
     """
-    product = jax.jit(lambda x: jnp.einsum("DE,EF->DF", x, x))
+    matmul = jax.jit(lambda x: jnp.einsum("DE,EF->DF", x, x))
     size, best = 256, 0.0
     while best < seconds / 8 and size < 16_384:
         size *= 2
         x = jnp.full((size, size), 1 / size, dtype)
-        product(x).block_until_ready()  # compiles
-        best = _duration(product, x)
+        matmul(x).block_until_ready()  # compiles
+        best = _duration(matmul, x)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        best = min(best, _duration(product, x))
+        best = min(best, _duration(matmul, x))
     return 2 * size**3 / best
 
 

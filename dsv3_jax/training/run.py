@@ -1,400 +1,278 @@
-"""The training run: data, state, steps, evaluation, checkpoints, and what it leaves behind."""
+"""The training run: steps, and between them evaluations, audits, saves and roll-backs.
+
+The metrics of a step are read while the next one runs, so that devices never wait for Python. Only
+a step that something is done after is waited for before the next one begins.
+"""
 
 import contextlib
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import rich.console
 import rich.text
-from jax.experimental import multihost_utils
 
-from dsv3_jax.checkpoint import CheckpointManager, SaveFailed
 from dsv3_jax.config import Config
-from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.data.loader import Loader, RowBatch
-from dsv3_jax.flops import training_flops_per_token
-from dsv3_jax.losses import Batch, next_token_loss
+from dsv3_jax.data.loader import RowBatch
+from dsv3_jax.losses import Batch
 from dsv3_jax.mesh_checks import check_mesh
-from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.pipeline_plan import pipeline_of
-from dsv3_jax.schedules import BatchSizes, with_batch
-from dsv3_jax.training import messages, plots, reporting
-from dsv3_jax.training.audit import Copies, paces, slow_devices
+from dsv3_jax.training import messages, plots
 from dsv3_jax.training.batches import device_batch
 from dsv3_jax.training.ema import HostEma
-from dsv3_jax.training.evaluation import HeldOut
+from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.expert_load import LoadHistory
-from dsv3_jax.training.goodput import Ledger, goodput
-from dsv3_jax.training.health import Bad, Events, Guard, Spikes, TooManyBad
-from dsv3_jax.training.host import process_began
-from dsv3_jax.training.rebalance import Redundancy
-from dsv3_jax.training.state import abstract_state, fresh_state, layout_of, state_from
-from dsv3_jax.training.step import Metrics, make_step
-from dsv3_jax.training.workdir import check_text, check_tokenizer, check_workdir
-from dsv3_jax.weights.sources import open_weights
-from sharding.mesh import MeshSpec, make_mesh, mesh_spec, process_batch_shard
+from dsv3_jax.training.goodput import Ledger, goodput, process_start_time
+from dsv3_jax.training.health import (
+    ReplicaAudit,
+    SkippedStep,
+    SkipPolicy,
+    SpikeDetector,
+    TooManySkipped,
+    slow_devices,
+    time_devices,
+)
+from dsv3_jax.training.rebalance import ExpertRebalancer
+from dsv3_jax.training.records import read_rows
+from dsv3_jax.training.reporting import Reporter
+from dsv3_jax.training.saving import Restored, RunCheckpoints
+from dsv3_jax.training.setup import compile_step, initial_state, make_loader, set_up
+from dsv3_jax.training.step import Metrics
+from dsv3_jax.training.stopping import StopSignal
+from dsv3_jax.training.workdir import check_workdir
+from sharding.mesh import MeshSpec
 
 
 def train(config: Config, spec: MeshSpec, workdir: Path) -> Path:
-    """Train until `config.train.steps`, from the newest checkpoint in `workdir` if it has one."""
+    """Train until `config.train.steps`, from the newest checkpoint in `workdir` if it has one.
+
+    Raises:
+        SystemExit: a signal stopped the run, and it has saved; the code is 128 + the signal.
+        FloatingPointError: too many steps in a row were skipped, and no checkpoint is from before.
+    """
     check_mesh(config, spec)
     check_workdir(config, workdir)
-    return Run(config, spec, workdir).to_the_end()
+    return Run(config, spec, workdir).run()
 
 
 class Pending(NamedTuple):
-    """A step that has been dispatched, and whose numbers are still to be read."""
+    """A dispatched step whose metrics have not been read yet."""
 
     step: int
-    numbers: Metrics  # on the device
+    metrics: Metrics  # on the device
     batch: RowBatch  # its rows on this process
-    begin: int  # its first sequence in the order
+    first_row: int  # its first sequence in the order of the data
 
 
 class Run:
-    """One process's part of a run; process 0 speaks, and each has its own folder of reports."""
+    """One process's part of a run. `step` is the last one that was dispatched."""
 
     def __init__(self, config: Config, spec: MeshSpec, workdir: Path):
         self.config, self.workdir = config, workdir
-        process = jax.process_index()
-        self.folder = workdir / "processes" / str(process) if process else workdir
-        self.ledger, self.events = Ledger(self.folder, process_began()), Events(self.folder)
-        self.console = rich.console.Console(quiet=process > 0, highlight=False, soft_wrap=True)
-        self.mesh = make_mesh(spec)
-        self.layout = layout_of(config, mesh_spec(self.mesh))
-        if self.layout.ragged and self.layout.mesh.platform == "cpu":
-            raise NotImplementedError(
-                "parallel.transport='ragged': XLA has no ragged all-to-all for CPUs; use 'padded'"
-            )
-        train, extra = config.train, 1 + config.model.mtp_depth
-        self.corpus = load_corpus(
-            config.data, vocab_size=config.model.vocab_size, seq_len=train.seq_len, extra=extra
-        )
-        if process == 0:
-            self.corpus.tokenizer.save(workdir / "tokenizer.json")
-        self.sizes = BatchSizes.of(train)
-        share = process_batch_shard(self.mesh, config.parallel.context)
-        self.loader = Loader(self.corpus.train, self.sizes, train.seed, share)
-        self.optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
-        self.pipeline = pipeline_of(config, self.layout.mesh) if spec.pp > 1 else None
-        self.held_out = HeldOut(config, self.mesh, self.corpus)
-        kept = (config.checkpoint.keep, config.checkpoint.keep_every)
-        self.checkpoints = CheckpointManager(workdir / "checkpoints", *kept)
-        self.guard, self.spikes = Guard(config.guard), Spikes(config.guard.spike)
-        self._start()
-        compute = Policy.of(config.precision).compute
-        self.peak, self.peak_label = reporting.device_peak(jax.local_devices()[0], compute)
-        self.flops = training_flops_per_token(config.model, train.seq_len)
-        self.loads = LoadHistory(self.folder / "expert_load.npz", self.first, train.steps)
-        self.programs: dict[int, jax.stages.Compiled] = {}
-        self.copies: Copies | None = None
-        self.stopped_by: int | None = None
+        self.reporter = Reporter(workdir)
+        self.ledger = Ledger(self.reporter.folder, process_start_time())
+        self.setup = set_up(config, spec, workdir)
+        self.mesh, self.sizes = self.setup.mesh, self.setup.sizes
+        self.loader = make_loader(self.setup)
+        self.evaluation = Evaluation(config, self.mesh, self.setup.corpus)
+        self.checkpoints = RunCheckpoints(self.setup, workdir, self.reporter)
+        self.skip_policy = SkipPolicy(config.guard)
+        self.spikes = SpikeDetector(config.guard.spike)
+        self.ema: HostEma | None = None
+        self.step_programs: dict[int, jax.stages.Compiled] = {}  # by batch size
+        self.replica_audit: ReplicaAudit | None = None  # compiled at the first audit
+        self.stop = StopSignal()
+        self._restore_or_initialize()
+        self.reporter.start_steps(self.setup, self.step)
+        load_path = self.reporter.folder / "expert_load.npz"
+        self.loads = LoadHistory(load_path, self.step, config.train.steps)
 
-    def _start(self):
-        """Begin with the newest checkpoint, or anew."""
-        config, optimizer = self.config, self.optimizer
-        self.abstract = abstract_state(config, optimizer, self.mesh, self.layout)
-        self.first, self.ema = 0, None
-        with self.ledger.spent_on("restore"):
-            row = self._resume()
-        if row is not None:
-            self.loader.start(self.first, row)
-            return
-        self.redundancy = Redundancy(config, self.mesh)
-        if config.init_from is None:
-            self.state = fresh_state(config, optimizer, self.abstract)
-        else:
-            source = open_weights(config.init_from)
-            check_tokenizer(source.directory, self.corpus.tokenizer)
-            self.state = state_from(source, optimizer, self.abstract)
-        if config.ema.decay is not None:
-            self.ema = HostEma(self.state.params, config.ema)
-
-    def _resume(self) -> int | None:
-        """Take the newest sound checkpoint, if there is any; returns its next row of the data."""
-        wanted = self.abstract
+    def _restore_or_initialize(self):
+        with self.ledger.timed("restore"):
+            restored = self.checkpoints.restore()
+            if restored is not None:
+                self._continue_from(restored)
+                self.loader.start(self.step, restored.extra["row"])
+                return
+        self.step, self.state = 0, initial_state(self.setup)
+        self.rebalancer = ExpertRebalancer(self.config, self.mesh)
         if self.config.ema.decay is not None:
-            wanted = wanted._replace(ema=wanted.params)
-        resumed = self.checkpoints.resume(wanted)
-        if resumed is None:
-            return None
-        self.first, state, extra = resumed
-        check_text(self.config.data.source, extra["text"], self.corpus.fingerprint)
-        self.state = state._replace(ema=None)
-        if state.ema is not None:
-            if self.ema is not None:
-                self.ema.close()
-            self.ema = HostEma(state.ema, self.config.ema)
-        self.redundancy = Redundancy(self.config, self.mesh, extra["redundancy"])
-        self.guard.restore(extra["guard"])
-        return extra["row"]
+            self.ema = HostEma(self.state.params, self.config.ema)
 
-    def to_the_end(self) -> Path:
-        """Steps until the last one, or a signal; then a sample and plots."""
-        self._announce()
-        self.log = reporting.MetricsLog(self.folder, self.first)
-        self.progress = reporting.Progress(
-            self.config.train.steps, self.first, self.peak_label, self.console
-        )
+    def _continue_from(self, restored: Restored):
+        """Take over a checkpoint's state, without its position in the data."""
+        self.step, self.state = restored.step, restored.state
+        if self.ema is not None:
+            self.ema.close()
+        if restored.ema_params is not None:
+            self.ema = HostEma(restored.ema_params, self.config.ema)
+        self.rebalancer = ExpertRebalancer(self.config, self.mesh, restored.extra["redundancy"])
+        self.skip_policy.restore(restored.extra["guard"])
+
+    def run(self) -> Path:
+        """Train to the last step or a signal, save, and draw; return the workdir."""
+        n_parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
+        print_line = self.reporter.console.print
+        print_line(messages.start(self.setup, n_parameters, self.step, self.workdir), markup=False)
         with contextlib.closing(self.checkpoints):  # whatever happens, a save is finished
-            with _signals(self), self.progress, jax.transfer_guard("disallow"):
-                self._steps()
-            self.log.close()
-            with self.ledger.spent_on("save"):
-                self._wait_for_save()
-                self._start_save()
-                self.checkpoints.wait()
-        with self.ledger.spent_on("end"):
-            rows = reporting.read(self.folder / "metrics.jsonl")
-            self._draw(rows)
-            if self.stopped_by is None:
-                self._finish(rows)
+            with self.stop, self.reporter.progress, jax.transfer_guard("disallow"):
+                self._train()
+            self.reporter.metrics.close()
+            with self.ledger.timed("save"):
+                self.checkpoints.save_last(self.step, self.state, self.ema, self._extra())
+                self.loads.save()
+        with self.ledger.timed("end"):
+            rows = read_rows(self.reporter.folder / "metrics.jsonl")
+            plots.plot_run(self.setup, rows, self.loads, self.reporter.folder / "plots")
+            if self.stop.number is None:
+                self._print_end(rows)
         self.ledger.write()
-        self.console.print(f"time: {goodput(self.folder)}")
-        if self.stopped_by is not None:
-            self.console.print(
-                f"stopped and saved at step {self.first}; the same command goes on from there"
-            )
-            raise SystemExit(128 + self.stopped_by)
+        print_line(f"time: {goodput(self.reporter.folder)}")
+        if self.stop.number is not None:
+            print_line(f"stopped and saved at step {self.step}; the same command resumes there")
+            raise SystemExit(128 + self.stop.number)
         return self.workdir
 
-    def _steps(self):
-        """All steps; after too many bad ones in a row, from an earlier one on."""
+    def _train(self):
+        """Take all steps, some of them again after a roll-back."""
         while True:
             try:
-                with self.ledger.spent_on("step"):
-                    return self._forward()
-            except TooManyBad:
-                with self.ledger.spent_on("restore"):
-                    self._go_back()
+                with self.ledger.timed("step"):
+                    return self._train_steps()
+            except TooManySkipped:
+                with self.ledger.timed("restore"):
+                    self._roll_back()
 
-    def _forward(self):
-        """Dispatch step after step; each one's numbers are read while the next one runs."""
-        pending, start, self.clock = None, self.first, time.perf_counter()
-        while self.first < self.config.train.steps and not self._stops():
-            begin, acts = self.loader.row, self._due(self.first + 1)
-            with self.ledger.spent_on("data"):
+    def _train_steps(self):
+        """Take steps until the last one or a signal."""
+        config, first, pending = self.config, self.step, None
+        audit_every = config.guard.audit_every
+        self.clock = time.perf_counter()
+        while self.step < config.train.steps and not self.stop.received(self.step):
+            step, first_row = self.step + 1, self.loader.row
+            with self.ledger.timed("data"):
                 loaded = next(self.loader)
-            new = self.sizes.size(self.first) not in self.programs
-            if pending is not None and (acts or new):  # so that its time is its own
-                self._report(pending)
+            evaluates = step % config.train.eval_every == 0 or step == config.train.steps
+            audits = audit_every is not None and step % audit_every == 0
+            saves = step % config.checkpoint.every == 0
+            waits = evaluates or audits or saves or self.rebalancer.is_due(step)
+            compiles = self.sizes.size(self.step) not in self.step_programs
+            if pending is not None and (waits or compiles):
+                self._report(pending)  # before the next step begins, to time each by itself
                 pending = None
-            batch = Batch(*device_batch(loaded.rows, self.config, self.mesh))
-            numbers = self._step(batch)
-            self.first += 1
-            self.ledger.steps(start, self.first)
+
+            metrics = self._dispatch(Batch(*device_batch(loaded.rows, config, self.mesh)))
+            self.step = step
+            self.ledger.record_steps(first, step)
             if pending is not None:
                 self._report(pending)
-            pending = Pending(self.first, numbers, loaded, begin)
-            if acts:
+            pending = Pending(step, metrics, loaded, first_row)
+
+            if waits:
                 self._report(pending)
                 pending = None
-                for act in acts:
-                    act()
+                if evaluates:
+                    self._evaluate()
+                if audits:
+                    self._audit()
+                if saves:
+                    self._save()
                 self.clock = time.perf_counter()
         if pending is not None:
             self._report(pending)
 
-    def _due(self, step: int) -> list[Callable]:
-        """What is to be done after a step, which then is not to wait for its numbers."""
-        config = self.config
-        audits = config.guard.audit_every
-        return [
-            *[self._evaluate] * (step == config.train.steps or step % config.train.eval_every == 0),
-            *[self._audit] * (audits is not None and step % audits == 0),
-            *[self._save] * (step % config.checkpoint.every == 0),
-            *[lambda: None] * self.redundancy.due(step),  # its load decides the next placement
-        ]
-
-    def _stops(self) -> bool:
-        """Whether a signal ends the run here; all processes agree on the step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.first):
-            self.stopped_by = signal.SIGTERM
-        return self.stopped_by is not None
-
-    def _step(self, batch: Batch) -> Metrics:
-        """Dispatch a step; the first of a batch size compiles its program."""
-        size = self.sizes.size(self.first)
-        arguments = (self.state, batch, self.redundancy.slots)
-        if size not in self.programs:
-            with self.ledger.spent_on("compile"):
-                config = with_batch(self.config, size)
-                loss_fn = next_token_loss(config.losses, config.model.mtp_depth)
-                how = (self.optimizer, self.mesh, self.layout, loss_fn, self.sizes)
-                self.programs[size] = make_step(config, *how).lower(*arguments).compile()
+    def _dispatch(self, batch: Batch) -> Metrics:
+        """Start a step on the devices; the first step of a batch size compiles its program."""
+        size = self.sizes.size(self.step)
+        arguments = (self.state, batch, self.rebalancer.slots)
+        if size not in self.step_programs:
+            with self.ledger.timed("compile"):
+                self.step_programs[size] = compile_step(self.setup, size, *arguments)
             self.clock = time.perf_counter()
-        self.state, numbers = self.programs[size](*arguments)
+        self.state, metrics = self.step_programs[size](*arguments)
         if self.ema is not None:
-            self.ema.update(self.first + 1, self.state.params)
-        return numbers
+            self.ema.update(self.step + 1, self.state.params)
+        return metrics
 
     def _report(self, pending: Pending):
-        """Log one step's numbers once it has run."""
-        step, numbers = pending.step, jax.device_get(pending.numbers)
+        """Wait for a step, log its metrics, and check its health."""
+        step, metrics = pending.step, jax.device_get(pending.metrics)
         now = time.perf_counter()
-        n_tokens = self.sizes.size(step - 1) * self.sizes.seq_len
-        speed, self.clock = n_tokens / (now - self.clock), now
-        if numbers.router is not None and not numbers.skipped:
-            self.loads.add(step, numbers.router.load)
-            self.redundancy.observe(step, numbers.router.load)
-        seen = self.sizes.sequences(step) * self.sizes.seq_len
-        row = messages.row_of(step, seen, numbers)
-        self.log.log(row | {"tokens_per_second": speed})
-        self.progress.update(
-            step,
-            loss=row["loss"],
-            tokens_per_second=speed,
-            utilization=speed * self.flops / (self.peak * self.mesh.size),
-        )
-        self._judge(pending, numbers)
+        seconds, self.clock = now - self.clock, now
+        if metrics.router is not None and not metrics.skipped:
+            self.loads.add(step, metrics.router.load)
+            self.rebalancer.observe(step, metrics.router.load)
+        seq_len = self.config.train.seq_len
+        row = messages.metrics_row(step, self.sizes.sequences(step) * seq_len, metrics)
+        self.reporter.report_step(row, self.sizes.size(step - 1) * seq_len, seconds)
+        self._check_health(pending, metrics)
 
-    def _judge(self, pending: Pending, numbers: Metrics):
-        """Note a step that was skipped, or a loss that stands out."""
-        step, loss = pending.step, float(numbers.losses.terms["loss"])
-        if numbers.skipped:
-            why, batch = messages.why_skipped(numbers, self.config.model), self._identity(pending)
-            self._note("skipped", f"step {step:,} skipped: {why}; {batch}", step=step)
-            if self.guard.bad(Bad(step, why, batch)):
-                raise TooManyBad
+    def _check_health(self, pending: Pending, metrics: Metrics):
+        """Report a skipped step or a loss spike; raise TooManySkipped for too many in a row."""
+        step, loss = pending.step, float(metrics.losses.terms["loss"])
+        size = self.sizes.size(step - 1)
+        if metrics.skipped:
+            why = messages.why_skipped(metrics, self.config.model)
+            batch = messages.batch_identity(pending.batch, pending.first_row, size)
+            self.reporter.note("skipped", f"step {step:,} skipped: {why}; {batch}", step)
+            if self.skip_policy.skip(SkippedStep(step, why, batch)):
+                raise TooManySkipped
             return
-        self.guard.good()
-        if above := self.spikes.stands_out(loss):
-            text = f"step {step:,}: loss {loss:.4f} stands {above:.1f} deviations out"
-            self._note("spike", f"{text}; {self._identity(pending)}", step=step)
+        self.skip_policy.accept()
+        if above := self.spikes.deviations_above(loss):
+            batch = messages.batch_identity(pending.batch, pending.first_row, size)
+            text = f"step {step:,}: loss {loss:.4f} stands {above:.1f} deviations out; {batch}"
+            self.reporter.note("spike", text, step)
 
-    def _identity(self, pending: Pending) -> str:
-        size = self.sizes.size(pending.step - 1)
-        return messages.identity(pending.batch, pending.begin, size)
-
-    def _go_back(self):
-        """Take the state of an earlier checkpoint, and go on behind the data that has come."""
-        bad, saved = self.guard.row, self.checkpoints.steps()
-        step = self.guard.way_back(saved)
-        summary = (
-            f"{len(bad)} steps in a row, to step {bad[-1].step:,}, were skipped: {bad[-1].why}"
-        )
+    def _roll_back(self):
+        """Restore an earlier checkpoint, and continue with the data after the skipped steps."""
+        skipped, saved = self.skip_policy.consecutive_skips, self.checkpoints.steps()
+        step = self.skip_policy.roll_back_step(saved)
         if step is None:
-            there = f"only those of {saved}" if saved else "none"
-            raise FloatingPointError(
-                f"{summary}. There is no earlier checkpoint to go back to ({there}); try a lower "
-                f"optimizer.peak_lr or precision.compute=float32, and look at {bad[0].batch}"
-            )
-        row, guard = self.loader.row, self.guard.saved()
+            raise FloatingPointError(messages.no_roll_back(skipped, saved))
+        row, policy = self.loader.row, self.skip_policy.to_dict()
         self.checkpoints.delete_after(step)
-        self._resume()
-        self.guard.restore(guard)
-        self.loader.start(self.first, row)
-        self.log.rewind(self.first)
-        self.loads.rewind(self.first)
-        text = f"{summary}; back to step {self.first:,}, and on behind their data"
-        self._note("rolled back", text, step=self.first)
-
-    def _note(self, event: str, text: str, **facts):
-        """Say something, and keep it in events.jsonl."""
-        self.events.add(event, text=text, **facts)
-        self.console.print(text, markup=False)
+        self._continue_from(self.checkpoints.restore())
+        self.skip_policy.restore(policy)
+        self.loader.start(self.step, row)
+        self.reporter.metrics.rewind(self.step)
+        self.loads.rewind(self.step)
+        self.reporter.note("rolled back", messages.roll_back(skipped, self.step), self.step)
 
     def _evaluate(self):
-        with self.ledger.spent_on("evaluate"):
-            mean = None if self.ema is None else self.ema.params()
-            row = self.held_out.measure(self.state.params, self.state.bias, mean)
-        self.log.log({"step": self.first} | row)
-        average = f", of the mean weights {row['eval_ema_loss']:.4f}" if self.ema else ""
-        self.progress.print(
-            f"step {self.first:,}: held-out loss {row['eval_loss']:.4f} (unigram entropy of the "
-            f"same text {self.corpus.unigram_entropy:.4f}), second token "
-            f"{row['eval_mtp_loss']:.4f}{average}"
-        )
+        with self.ledger.timed("evaluate"):
+            ema_params = None if self.ema is None else self.ema.params()
+            row = self.evaluation.measure(self.state.params, self.state.bias, ema_params)
+        self.reporter.metrics.log({"step": self.step} | row)
+        entropy = self.setup.corpus.unigram_entropy
+        self.reporter.progress.print(messages.evaluation(self.step, row, entropy))
 
     def _audit(self):
-        with self.ledger.spent_on("audit"):
-            if self.copies is None:
-                self.copies = Copies(self.state, self.state.params, self.mesh, self.layout)
-            found = self.copies.differ(self.state, self.state.params)
-            found += slow_devices(paces(self.mesh))
+        with self.ledger.timed("audit"):
+            state, params = self.state, self.state.params
+            if self.replica_audit is None:
+                self.replica_audit = ReplicaAudit(state, params, self.mesh, self.setup.layout)
+            found = self.replica_audit.mismatches(state, params)
+            found += slow_devices(time_devices(self.mesh))
         for text in found:
-            self._note("audit", f"step {self.first:,}: {text}", step=self.first)
+            self.reporter.note("audit", f"step {self.step:,}: {text}", self.step)
 
     def _save(self):
-        """Start a save; one that fails is told, and training goes on."""
-        with self.ledger.spent_on("save"):
-            self._wait_for_save()
-            try:
-                self._start_save()
-            except SaveFailed as error:
-                self._note("not saved", str(error), step=self.first)
-
-    def _wait_for_save(self):
-        """Let the save before finish, and tell if it failed."""
-        try:
-            self.checkpoints.wait()
-        except SaveFailed as error:
-            self._note("not saved", str(error), step=self.first)
-
-    def _start_save(self):
-        if self.first not in (0, self.checkpoints.latest_step()):
-            mean = None if self.ema is None else self.ema.params()
-            self.checkpoints.save(self.first, self.state._replace(ema=mean), self._beside())
+        with self.ledger.timed("save"):
+            self.checkpoints.save(self.step, self.state, self.ema, self._extra())
             self.loads.save()
 
-    def _beside(self) -> dict:
-        """What a checkpoint holds besides the state."""
+    def _extra(self) -> dict:
+        """Return what a checkpoint holds besides arrays; the names are those on disk."""
         return {
             "row": self.loader.row,
-            "text": self.corpus.fingerprint,
-            "redundancy": self.redundancy.saved(),
-            "guard": self.guard.saved(),
+            "redundancy": self.rebalancer.to_dict(),
+            "guard": self.skip_policy.to_dict(),
         }
 
-    def _announce(self):
-        count = sum(x.size for x in jax.tree.leaves(self.state.params))
-        mesh = self.layout.mesh
-        lines = [messages.announcement(self.config, mesh, self.corpus, count, self.first)]
-        if self.pipeline is not None:
-            lines.append(messages.of_pipeline(self.config, mesh, self.pipeline))
-        lines += [messages.of_fp8(self.config)] * bool(messages.of_fp8(self.config))
-        lines.append(f"writing to {self.workdir}: reporting.jsonl, checkpoints/, plots/ and more")
-        self.console.print("\n".join(lines), markup=False)
-
-    def _draw(self, rows: list[dict]):
-        folder = self.folder / "plots"
-        plots.plot_loss(rows, folder / "loss.png", self.corpus.unigram_entropy)
-        if self.config.fp8_stats:
-            plots.plot_fp8(rows, folder / "fp8.png")
-        if self.pipeline is not None:
-            plots.plot_pipeline(self.pipeline, folder / "pipeline.png")
-        if self.config.model.moe:
-            plots.plot_expert_load(*self.loads.arrays(), folder / "expert_load.png")
-
-    def _finish(self, rows: list[dict]):
-        """A continuation of held-out text, and where everything lies."""
-        prompt, text = self.held_out.sample(self.state.params, self.state.bias)
+    def _print_end(self, rows: list[dict]):
+        """Print a continuation of held-out text, the last loss, and where everything is."""
+        prompt, text = self.evaluation.sample(self.state.params, self.state.bias)
         sample = rich.text.Text.assemble("\nsample: ", prompt, (text, "bold"), "\n")
-        self.console.print(sample)
-        end = messages.end(rows, self.corpus.unigram_entropy)
-        self.console.print(f"{end}; plots in {self.workdir / 'plots'}", markup=False)
-
-
-@contextlib.contextmanager
-def _signals(run: Run):
-    """Ctrl-C or SIGTERM ends the run after the step under way; a second one at once.
-
-    Where there are several processes, JAX's own service takes SIGTERM for all of them.
-    """
-
-    def stop(number, frame):
-        run.stopped_by = number
-        signal.signal(number, before[number])
-
-    caught = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
-    before = {number: signal.signal(number, stop) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.reporter.console.print(sample)
+        end = messages.end(rows, self.setup.corpus.unigram_entropy)
+        self.reporter.console.print(f"{end}; plots in {self.workdir / 'plots'}", markup=False)

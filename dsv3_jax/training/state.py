@@ -1,4 +1,4 @@
-"""What training carries from step to step, and where it lies on the mesh."""
+"""The state that training carries from step to step, its placement, and its form on disk."""
 
 import functools
 from typing import NamedTuple
@@ -22,18 +22,38 @@ from sharding.mesh import MeshSpec, named_sharding
 
 
 class TrainState(NamedTuple):
-    """Everything that a checkpoint holds, apart from the position in the data."""
+    """The arrays that a step takes and returns; or their shapes, dtypes and placements."""
 
     step: jax.Array | jax.ShapeDtypeStruct  # [] updates made
     params: nnx.State  # master weights
     bias: nnx.State  # balance bias of every MoE layer
     optimizer: optax.OptState
-    usual_norm: jax.Array | jax.ShapeDtypeStruct  # [] mean of the last gradient norms
-    ema: nnx.State | None = None  # mean of the params; in checkpoints, else on the host
+    mean_grad_norm: jax.Array | jax.ShapeDtypeStruct  # [] over the last steps
 
 
-def layout_of(config: Config, mesh: MeshSpec) -> Layout:
-    """The layout that the config asks for on `mesh`."""
+class SavedState(NamedTuple):
+    """The arrays of a checkpoint. They are stored by these names, which therefore must stay."""
+
+    step: jax.Array | jax.ShapeDtypeStruct
+    params: nnx.State
+    bias: nnx.State
+    optimizer: optax.OptState
+    usual_norm: jax.Array | jax.ShapeDtypeStruct  # `TrainState.mean_grad_norm`
+    ema: nnx.State | None = None  # EMA of the params
+
+
+def to_saved(state: TrainState, ema_params: nnx.State | None) -> SavedState:
+    """Return the state as a checkpoint holds it."""
+    return SavedState(*state, ema_params)
+
+
+def from_saved(saved: SavedState) -> TrainState:
+    """Return the training state in a checkpoint."""
+    return TrainState(*saved[:-1])
+
+
+def make_layout(config: Config, mesh: MeshSpec) -> Layout:
+    """Return the layout that the config asks for on `mesh`."""
     parallel = config.parallel
     return Layout(
         mesh=mesh,
@@ -47,36 +67,36 @@ def layout_of(config: Config, mesh: MeshSpec) -> Layout:
     )
 
 
-def parts_of(model: DeepSeekV3):
-    """Graph definition, parameters, balance bias, placement of redundant experts."""
+def split_model(model: DeepSeekV3):
+    """Return graph definition, parameters, balance bias and placement of redundant experts."""
     return nnx.split(model, nnx.Param, BalanceBias, RedundantExperts)
 
 
 def make_model(config: Config) -> DeepSeekV3:
-    """A model with fresh weights, the same on every mesh."""
+    """Return a model with random weights, the same on every mesh."""
     policy = Policy.of(config.precision)
     return DeepSeekV3(config.model, policy, rngs=nnx.Rngs(config.train.seed))
 
 
-def first_state(
+def new_state(
     params: nnx.State, bias: nnx.State, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first step, with these numbers."""
+    """Return the state before the first step with these weights."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         bias=bias,
         optimizer=optimizer.init(params),
-        usual_norm=jnp.zeros((), jnp.float32),
+        mean_grad_norm=jnp.zeros((), jnp.float32),
     )
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; to be traced, so that it is born sharded."""
+    """Return the state before the first step with random weights; call it under jit, see below."""
     policy = Policy.of(config.precision)
-    _, params, bias, _ = parts_of(make_model(config))
+    _, params, bias, _ = split_model(make_model(config))
     params = jax.tree.map(lambda x: x.astype(policy.master), params)
-    return first_state(params, bias, optimizer)
+    return new_state(params, bias, optimizer)
 
 
 def abstract_state(
@@ -85,7 +105,7 @@ def abstract_state(
     mesh: Mesh | AbstractMesh,
     layout: Layout,
 ) -> TrainState:
-    """Shapes, types and placements of the state, without its numbers."""
+    """Return shapes, dtypes and placements of the state."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     placements = jax.tree.map(lambda spec: named_sharding(mesh, spec), param_specs(shapes, layout))
 
@@ -97,23 +117,23 @@ def abstract_state(
     return jax.tree.map(place, placements, shapes)
 
 
-def state_from(
+def load_state(
     source: Source, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """The state before the first step with the weights and balance biases of `source`."""
+    """Return the state before the first step with the weights and balance biases of `source`."""
     wanted = named_arrays(abstract.params) | named_arrays(abstract.bias)
     with byte_bar(f"loading {source.directory}", source.n_bytes(wanted)) as advance:
         arrays = source.load(wanted, advance=advance)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    begin = functools.partial(first_state, optimizer=optimizer)
+    begin = functools.partial(new_state, optimizer=optimizer)
     start = jax.jit(begin, out_shardings=shardings, donate_argnums=(0, 1))
     return start(fill_state(abstract.params, arrays), fill_state(abstract.bias, arrays))
 
 
-def fresh_state(
+def init_sharded_state(
     config: Config, optimizer: optax.GradientTransformation, abstract: TrainState
 ) -> TrainState:
-    """The state before the first step, on the mesh."""
+    """Return the state before the first step with random weights, made on the mesh."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()

@@ -27,7 +27,7 @@ from dsv3_jax.schedules import BatchSizes, bias_update_speed, learning_rate
 from dsv3_jax.shapes import Array, Float32, Int
 from dsv3_jax.training.batches import abstract_batch
 from dsv3_jax.training.pipelined import pipelined
-from dsv3_jax.training.state import TrainState, abstract_state, layout_of, parts_of
+from dsv3_jax.training.state import TrainState, abstract_state, make_layout, split_model
 from sharding.collectives import pmax_data, psum_data
 from sharding.layout import Layout
 from sharding.mesh import BATCH, REPLICATED, manual_region, mesh_spec, named_sharding
@@ -74,7 +74,7 @@ def loss_and_gradients(
     if layout.mesh.pp > 1:
         return pipelined(config, mesh, layout, loss_fn)
     policy = Policy.of(config.precision)
-    graphdef, params, _, redundant_of = parts_of(abstract_model(config.model, policy))
+    graphdef, params, _, redundant_of = split_model(abstract_model(config.model, policy))
     stored, balance_weight = param_specs(params, layout), config.losses.balance_weight
 
     def shard(params, bias, batch, tokens_seen, redundant):
@@ -164,7 +164,7 @@ def make_step(
         good = norm <= limit  # False if it is not a number
         if stats is not None:
             good = good & ~stats.n_nonfinite.any()
-        mean = mean_grad_norm(state.usual_norm, norm, state.step)
+        mean = mean_grad_norm(state.mean_grad_norm, norm, state.step)
         updated = TrainState(state.step + 1, params, bias, moments, mean)
         state = jax.tree.map(lambda new, old: jax.lax.select(good, new, old), updated, state)
         return state, Metrics(losses, norm, limit, rate, stats, ~good)
@@ -176,7 +176,9 @@ def make_step(
 def max_grad_norm(state: TrainState, guard: GuardConfig) -> Float32[Array, ""]:
     """Return the largest gradient norm that a step may have; any finite one at the beginning."""
     largest = jnp.finfo(jnp.float32).max
-    return jnp.where(state.step < GRAD_NORM_WINDOW, largest, guard.skip_above * state.usual_norm)
+    return jnp.where(
+        state.step < GRAD_NORM_WINDOW, largest, guard.skip_above * state.mean_grad_norm
+    )
 
 
 def mean_grad_norm(
@@ -188,7 +190,7 @@ def mean_grad_norm(
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """Lower the pre-training program for the devices of `mesh`; nothing is run."""
-    layout = layout_of(config, mesh_spec(mesh))
+    layout = make_layout(config, mesh_spec(mesh))
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
     state = abstract_state(config, optimizer, mesh, layout)
     batch, redundant = Batch(*abstract_batch(config, mesh)), None

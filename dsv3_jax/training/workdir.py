@@ -1,4 +1,4 @@
-"""The folder of a run: what may change between two starts in it, and what may not."""
+"""Checks of a run's folder: its config, text and tokenizer are those that it was begun with."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import jax
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import differences, to_dict
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dsv3_jax.training.reporting import write_atomically
+from dsv3_jax.training.records import write_atomically
 
-# Fields that may differ from those a workdir was begun with: they don't change what is learned.
-FREE = (
+# Fields that may change between two starts in a workdir: they don't change what is learned.
+CHANGEABLE = (
     "train.steps",
     "train.eval",
     "train.sample",
@@ -27,11 +27,11 @@ FREE = (
 
 
 def check_workdir(config: Config, workdir: Path):
-    """Note the config in the workdir, or raise a ValueError if another config began it."""
+    """Write config.json into the workdir; raise a ValueError if another config began it."""
     path = workdir / "config.json"
     if path.exists():
         changed = differences(config, json.loads(path.read_text()))
-        fixed = [line for line in changed if not line.startswith(FREE)]
+        fixed = [line for line in changed if not line.startswith(CHANGEABLE)]
         if fixed:
             raise ValueError(
                 f"{workdir} was begun with another config:\n  "
@@ -47,7 +47,8 @@ def check_text(source: str, saved: str, now: str):
     """Raise a ValueError if the text is not what the run was trained on so far.
 
     Args:
-        saved, now: fingerprints of it.
+        saved: its fingerprint in the checkpoint.
+        now: its fingerprint today.
     """
     if saved != now:
         raise ValueError(
@@ -57,10 +58,10 @@ def check_text(source: str, saved: str, now: str):
 
 
 def check_tokenizer(directory: Path | None, tokenizer: Tokenizer):
-    """Raise a ValueError if the weights in a folder know tokens by other ids than `tokenizer`.
+    """Raise a ValueError if weights were trained with other token ids than those of `tokenizer`.
 
     Args:
-        directory: of the weights; where it has no tokenizer.json, nothing can be said.
+        directory: of the weights; without a tokenizer.json in it, nothing is checked.
     """
     path = None if directory is None else directory / "tokenizer.json"
     if path is None or not path.exists():

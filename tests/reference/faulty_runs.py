@@ -19,15 +19,15 @@ from reference.train_command import settings
 
 from configs import load_preset
 from dsv3_jax.config_cli import override
-from dsv3_jax.training import run, step
+from dsv3_jax.training import run, setup, step
 from sharding.mesh import BATCH, make_global_array, start_devices
 
 whole_gradients, Run = step.loss_and_gradients, run.Run
 
 
-def loss_and_gradients(*how):
+def loss_and_gradients(*arguments):
     """Not a number where no token counts, which no batch of text has."""
-    compute = whole_gradients(*how)
+    compute = whole_gradients(*arguments)
 
     def broken(params, bias, batch, *rest):
         losses, stats, grads = compute(params, bias, batch, *rest)
@@ -42,47 +42,48 @@ class FaultyRun(Run):
 
     faults: dict = {}
 
-    def _step(self, batch):
-        begin = self.loader.row - self.sizes.size(self.first)
+    def _dispatch(self, batch):
+        begin = self.loader.row - self.sizes.size(self.step)
         first, last = self.faults.get("bad", (0, 0))
         if first <= begin < last:
             mask = np.zeros(batch.loss_mask.shape, bool)
             batch = batch._replace(loss_mask=make_global_array(mask, self.mesh, BATCH))
-        return super()._step(batch)
-
-    def _due(self, number: int):
-        before, sequences = self.faults.get("jump", (0, 0))
-        if number == before:
-            self.loader.start(self.loader.step, self.loader.row + sequences)
-        return super()._due(number)
+        return super()._dispatch(batch)
 
 
-class SlowLoader(run.Loader):
-    wait, waited = 0.0, 0.0
+class FaultyLoader(setup.Loader):
+    """A loader that leaves out sequences before one step, or takes time."""
+
+    jump, wait, waited = (0, 0), 0.0, 0.0
 
     def __next__(self):
+        before, sequences = self.jump
+        if self.step + 1 == before:
+            self.start(self.step, self.row + sequences)
         begin = time.perf_counter()
         time.sleep(self.wait)
         batch = super().__next__()
-        SlowLoader.waited += time.perf_counter() - begin
+        FaultyLoader.waited += time.perf_counter() - begin
         return batch
 
 
 def main(folder: Path, runs: dict[str, dict]):
     step.loss_and_gradients, run.Run = loss_and_gradients, FaultyRun
-    run.Loader, run.process_began = SlowLoader, time.time
+    setup.Loader, run.process_start_time = FaultyLoader, time.time
     spec, measured = start_devices("dp2,ep2"), {}
     for name, faults in runs.items():
         more = faults.get("settings", [])
         config = override(load_preset("tiny"), *settings(folder / name, *more))
-        FaultyRun.faults, SlowLoader.wait, SlowLoader.waited = faults, faults.get("wait", 0.0), 0.0
+        FaultyRun.faults = faults
+        FaultyLoader.jump = faults.get("jump", (0, 0))
+        FaultyLoader.wait, FaultyLoader.waited = faults.get("wait", 0.0), 0.0
         begin, error = time.perf_counter(), ""
         try:
             run.train(config, spec, folder / name)
         except FloatingPointError as caught:
             error = str(caught)
         seconds = time.perf_counter() - begin
-        measured[name] = {"seconds": seconds, "waited": SlowLoader.waited, "error": error}
+        measured[name] = {"seconds": seconds, "waited": FaultyLoader.waited, "error": error}
     print(json.dumps(measured))
 
 

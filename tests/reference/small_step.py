@@ -27,7 +27,7 @@ from dsv3_jax.losses import Batch, LossFn, next_token_loss
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.training.state import layout_of, parts_of
+from dsv3_jax.training.state import make_layout, split_model
 from sharding.mesh import make_mesh, parse_mesh
 
 BATCH_SIZE, LENGTH, VOCAB, N_EXPERTS, TOP_K, N_MOE = 8, 16, 64, 8, 2, 3  # MoE layers with MTP's
@@ -65,7 +65,7 @@ def loss_of(config: Config) -> LossFn:
 def placed(mesh_text: str, config: Config):
     spec = parse_mesh(mesh_text)
     check_mesh(config, spec)
-    return make_mesh(spec, jax.devices()[: spec.n_devices]), layout_of(config, spec)
+    return make_mesh(spec, jax.devices()[: spec.n_devices]), make_layout(config, spec)
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def parameters():
         values = vector + 0.15 * rng.normal(size=variable.shape)
         return variable.replace(values.astype(np.float32))
 
-    _, params, bias, _ = parts_of(abstract_model(config_of().model, Policy()))
+    _, params, bias, _ = split_model(abstract_model(config_of().model, Policy()))
     return jax.tree.map(numbers, (params, bias), is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 

@@ -17,7 +17,7 @@ from dsv3_jax.config_cli import override
 from dsv3_jax.losses import Batch
 from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
-from dsv3_jax.training.state import parts_of
+from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import loss_and_gradients
 
 
@@ -38,7 +38,7 @@ def parameters(config: Config):
         values = vector + 0.1 * rng.normal(size=variable.shape)
         return variable.replace(values.astype(np.float32))
 
-    _, params, bias, _ = parts_of(abstract_model(config.model, Policy()))
+    _, params, bias, _ = split_model(abstract_model(config.model, Policy()))
     return jax.tree.map(numbers, (params, bias), is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
