@@ -20,7 +20,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.config_cli import from_dict, with_new_names
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.training.state import abstract_state, make_layout
+from dsv3_jax.training.state import abstract_state, make_layout, to_saved
 from dsv3_jax.weights.abstract_params import abstract_params
 from dsv3_jax.weights.sources import open_weights
 from sharding.layout import Layout
