@@ -222,7 +222,7 @@ def test_idle_ranks_compute_nothing(name, sizes):
         assert instruction.opcode == ("conditional" if part in ends else "while"), part
     found = [*where_products_run(module, module.entry, ())]
     assert len(found) > 6
-    assert all(any(pipeline.NAME.search(name) for name in path) for path in found), found
+    assert all(any(pipeline.PART.search(name) for name in path) for path in found), found
 
 
 def where_products_run(module, computation: str, path: tuple):
