@@ -15,19 +15,19 @@ from reference.evaluation import CHECKPOINT, GOLDENS, RUNS, golden, prompts, sco
 
 from dsv3_jax.evaluation import __main__ as command
 from dsv3_jax.evaluation import scorer as scorer_module
-from dsv3_jax.evaluation.completions import Ending, complete
+from dsv3_jax.evaluation.completions import StopRule, generate_completions
 from dsv3_jax.evaluation.local_tasks import CATEGORIES, PER_CATEGORY, wordnet_questions
 from dsv3_jax.evaluation.perplexity import perplexity, prefix_id, windows
-from dsv3_jax.evaluation.scorer import Pair, Scorer, padded, token_scores
+from dsv3_jax.evaluation.scorer import Scorer, ScoreRequest, padded_length, token_scores
 from sharding.mesh import MeshSpec
 
 LOGLIK = 2e-3  # nats: what the goldens promise between two implementations
 SAME = 1e-4  # nats: the same program in another order of sums
 
 
-def pairs_of(run: str) -> list[Pair]:
+def pairs_of(run: str) -> list[ScoreRequest]:
     return [
-        Pair(tuple(context), tuple(continuation))
+        ScoreRequest(tuple(context), tuple(continuation))
         for question in golden(run)["mc"]
         for context, continuation in question["token_ids"]
     ]
@@ -42,19 +42,21 @@ def scores(run: str):
 def test_choices(run):
     logliks = [x for question in golden(run)["mc"] for x in question["loglik"]]
     greedy = [x for question in golden(run)["mc"] for x in question["is_greedy"]]
-    np.testing.assert_allclose([x.log_probability for x in scores(run)], logliks, atol=LOGLIK)
-    assert [x.greedy for x in scores(run)] == greedy
+    np.testing.assert_allclose([x.log_prob for x in scores(run)], logliks, atol=LOGLIK)
+    assert [x.is_greedy for x in scores(run)] == greedy
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_what_is_special(run):
     """Greedy continuations, an empty context, blanks at its end, and one that is cut."""
     extra = golden(run)["extra_loglikelihood"]
-    found = scorer()([Pair(tuple(x["context_ids"]), tuple(x["continuation_ids"])) for x in extra])
-    logliks = [x.log_probability for x in found]
+    found = scorer()(
+        [ScoreRequest(tuple(x["context_ids"]), tuple(x["continuation_ids"])) for x in extra]
+    )
+    logliks = [x.log_prob for x in found]
     np.testing.assert_allclose(logliks, [x["loglik"] for x in extra], atol=LOGLIK)
-    assert [x.greedy for x in found] == [x["is_greedy"] for x in extra]
-    assert any(x.greedy for x in found) and not all(x.greedy for x in found)
+    assert [x.is_greedy for x in found] == [x["is_greedy"] for x in extra]
+    assert any(x.is_greedy for x in found) and not all(x.is_greedy for x in found)
     assert max(len(x["context_ids"]) for x in extra) > scorer().max_length
 
 
@@ -65,7 +67,7 @@ def test_windows(run):
     prefix = prefix_id(prompts())
     cut = [w for text in golden(run)["ppl"] for w in windows(text["token_ids"], prefix, 160)]
     assert cut == [(tuple(w["context_ids"]), tuple(w["continuation_ids"])) for w in wanted]
-    found = [x.log_probability for x in scorer()(cut)]
+    found = [x.log_prob for x in scorer()(cut)]
     np.testing.assert_allclose(found, [w["loglik"] for w in wanted], rtol=1e-4)
 
 
@@ -100,10 +102,10 @@ def test_continuations(run):
     """Up to a stop string, which may be part of a longer token, or to 32 new tokens."""
     recorded = golden(run)["gen"]
     ids = [x["prompt_ids"][-(160 - 32) :] for x in recorded]
-    ending = Ending(max_new=32, until=("\n\n", " the "), stop_ids=prompts().stop_ids)
+    stop_rule = StopRule(max_new=32, until=("\n\n", " the "), stop_ids=prompts().stop_ids)
     done = []
     how = {"batch": scorer().batch, "advance": done.append}
-    found = complete(scorer().generator, prompts().tokenizer, ids, ending, **how)
+    found = generate_completions(scorer().generator, prompts().tokenizer, ids, stop_rule, **how)
     assert [list(x.ids) for x in found] == [x["new_ids"] for x in recorded]
     assert [x.text for x in found] == [x["text"] for x in recorded]
     assert sum(done) == len(recorded)
@@ -112,9 +114,9 @@ def test_continuations(run):
 def test_a_stop_id_is_no_text():
     recorded = golden("nobos")["gen"][1]
     stop = recorded["new_ids"][3]
-    ending = Ending(max_new=32, stop_ids=(stop,))
-    (found,) = complete(
-        scorer().generator, prompts().tokenizer, [recorded["prompt_ids"]], ending, scorer().batch
+    stop_rule = StopRule(max_new=32, stop_ids=(stop,))
+    (found,) = generate_completions(
+        scorer().generator, prompts().tokenizer, [recorded["prompt_ids"]], stop_rule, scorer().batch
     )
     assert list(found.ids) == recorded["new_ids"][:4]
     assert found.text == prompts().tokenizer.decode(recorded["new_ids"][:3])
@@ -123,17 +125,17 @@ def test_a_stop_id_is_no_text():
 # Batches, meshes, sizes
 
 
-def some() -> list[Pair]:
+def some() -> list[ScoreRequest]:
     return pairs_of("nobos")[:6]
 
 
 def expected() -> list[float]:
-    return [x.log_probability for x in scores("nobos")[:6]]
+    return [x.log_prob for x in scores("nobos")[:6]]
 
 
 def test_one_at_a_time_and_less_padding():
     found = Scorer(scorer().generator, 160, 1)(some())
-    np.testing.assert_allclose([x.log_probability for x in found], expected(), atol=SAME)
+    np.testing.assert_allclose([x.log_prob for x in found], expected(), atol=SAME)
 
 
 @pytest.mark.slow
@@ -142,8 +144,8 @@ def test_a_mesh_changes_nothing():
     sharded = scorer("dp2,ep2", 2)
     found = sharded(some())
     assert sharded.batch == 4
-    np.testing.assert_allclose([x.log_probability for x in found], expected(), atol=SAME)
-    assert [x.greedy for x in found] == [x.greedy for x in scores("nobos")[:6]]
+    np.testing.assert_allclose([x.log_prob for x in found], expected(), atol=SAME)
+    assert [x.is_greedy for x in found] == [x.is_greedy for x in scores("nobos")[:6]]
 
 
 def test_the_same_pair_runs_once():
@@ -153,9 +155,16 @@ def test_the_same_pair_runs_once():
 
 
 def test_padding():
-    assert [padded(n, 32, 160) for n in (1, 32, 33, 128, 129, 160)] == [32, 32, 64, 128, 160, 160]
-    assert len({padded(n, 32, 4096) for n in range(1, 4097)}) == 8
-    assert padded(1, 32, 8) == 8
+    assert [padded_length(n, 32, 160) for n in (1, 32, 33, 128, 129, 160)] == [
+        32,
+        32,
+        64,
+        128,
+        160,
+        160,
+    ]
+    assert len({padded_length(n, 32, 4096) for n in range(1, 4097)}) == 8
+    assert padded_length(1, 32, 8) == 8
 
 
 @pytest.mark.parametrize("piece", [3, 12])
@@ -178,15 +187,18 @@ def test_token_scores(piece, monkeypatch):
 @pytest.mark.parametrize(
     "pair, message",
     [
-        (Pair((), (1,)), "at least one token"),
-        (Pair((1,), ()), "at least one token"),
-        (Pair((1,), (2,) * 161), "a continuation of 161 tokens is longer than max_length=160"),
-        (Pair((1,), (768,)), "token id 768 is outside the vocabulary of 768"),
+        (ScoreRequest((), (1,)), "at least one token"),
+        (ScoreRequest((1,), ()), "at least one token"),
+        (
+            ScoreRequest((1,), (2,) * 161),
+            "a continuation of 161 tokens is longer than max_length=160",
+        ),
+        (ScoreRequest((1,), (768,)), "token id 768 is outside the vocabulary of 768"),
     ],
 )
 def test_bad_pairs(pair, message):
     with pytest.raises(ValueError, match=message):
-        scorer()([Pair((1,), (2,)), pair])
+        scorer()([ScoreRequest((1,), (2,)), pair])
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (160, 0)])
@@ -239,10 +251,10 @@ def test_help_shows_how(monkeypatch, capsys):
     ],
 )
 def test_errors_come_in_one_line_and_before_the_weights_are_read(monkeypatch, arguments, message):
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr("dsv3_jax.evaluation.evaluate.load_model", None)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
-    ours = ("dsv3_jax.evaluation.harness", "dsv3_jax.evaluation.run_tasks")
-    for name in [name for name in sys.modules if name.startswith("lm_eval.") or name in ours]:
+    ours = "dsv3_jax.evaluation.harness"
+    for name in [name for name in sys.modules if name.startswith("lm_eval.") or name == ours]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit) as exit:
         run(monkeypatch, *arguments)

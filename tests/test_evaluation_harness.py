@@ -20,10 +20,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 from dsv3_jax.evaluation import __main__ as command  # noqa: E402
-from dsv3_jax.evaluation.harness import HarnessModel, request_of  # noqa: E402
-from dsv3_jax.evaluation.local_tasks import mmlu_questions, write_own_tasks  # noqa: E402
+from dsv3_jax.evaluation.harness import HarnessModel, find_tasks, parse_settings, run_tasks  # noqa: E402
+from dsv3_jax.evaluation.local_tasks import mmlu_questions, write_local_tasks  # noqa: E402
 from dsv3_jax.evaluation.perplexity import windows  # noqa: E402
-from dsv3_jax.evaluation.run_tasks import find_tasks, run_tasks  # noqa: E402
 
 LOGLIK = 2e-3  # nats
 TASKS = ["tiny_mc", "tiny_ppl", "tiny_gen"]
@@ -119,11 +118,13 @@ def test_chat():
 
 
 def test_requests():
-    ending, sampling = request_of({"until": "\n", "max_gen_toks": 5, "temperature": 0.7}, (1,))
-    assert (ending.max_new, ending.until, ending.stop_ids) == (5, ("\n",), (1,))
+    stop_rule, sampling = parse_settings(
+        {"until": "\n", "max_gen_toks": 5, "temperature": 0.7}, (1,)
+    )
+    assert (stop_rule.max_new, stop_rule.until, stop_rule.stop_ids) == (5, ("\n",), (1,))
     assert sampling.temperature == 0.7
-    ending, sampling = request_of({"do_sample": False, "temperature": 0.7}, ())
-    assert (ending.max_new, ending.until, sampling.temperature) == (256, (), 0.0)
+    stop_rule, sampling = parse_settings({"do_sample": False, "temperature": 0.7}, ())
+    assert (stop_rule.max_new, stop_rule.until, sampling.temperature) == (256, (), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_mmlu_questions():
 
 def test_rows_of_mmlu(tmp_path):
     """Each metric with its number of questions, error, and what guessing would score."""
-    write_own_tasks(["mmlu_dev"], tmp_path)
+    write_local_tasks(["mmlu_dev"], tmp_path)
     manager = find_tasks(["mmlu_dev"], [tmp_path])
     rows = run_tasks(model("nobos"), ["mmlu_dev"], manager, limit=2, chat=False)
     assert [row.metric for row in rows] == ["acc", "acc_norm", "acc_mutual_info"]

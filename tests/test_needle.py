@@ -16,8 +16,8 @@ from dsv3_jax import save_pretrained
 from dsv3_jax.data.chat import Prompts
 from dsv3_jax.data.needles import NAMES, filler_lines, generate_documents
 from dsv3_jax.data.tokenizer import Tokenizer, train_bpe
-from dsv3_jax.evaluation import needle
-from dsv3_jax.evaluation.scorer import Pair, Score
+from dsv3_jax.evaluation import haystack, needle
+from dsv3_jax.evaluation.scorer import Score, ScoreRequest
 from dsv3_jax.model.deepseek import DeepSeekV3
 from dsv3_jax.numerics.policy import Policy
 
@@ -32,16 +32,16 @@ def tokenizer() -> Tokenizer:
     return train_bpe(generate_documents(LINES, 8, 0, size=4000, max_names=16, max_gap=3.0), 400)
 
 
-def haystacks(n_others: int = 3, seed: int = 0, lines: list = LINES) -> needle.Haystacks:
-    return needle.Haystacks(Prompts(tokenizer(), None, {}, False, ()), lines, n_others, seed)
+def haystacks(n_others: int = 3, seed: int = 0, lines: list = LINES) -> haystack.Haystacks:
+    return haystack.Haystacks(Prompts(tokenizer(), None, {}, False, ()), lines, n_others, seed)
 
 
-def whole(pair: Pair) -> list[int]:
+def whole(pair: ScoreRequest) -> list[int]:
     return [*pair.context, *pair.continuation]
 
 
 def text_of(length: int, depth: float, trial: int = 0, **how) -> str:
-    return tokenizer().decode(whole(haystacks(**how).pair(length, depth, trial)))
+    return tokenizer().decode(whole(haystacks(**how).request(length, depth, trial)))
 
 
 # Texts
@@ -50,7 +50,7 @@ def text_of(length: int, depth: float, trial: int = 0, **how) -> str:
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("length", [150, 400])
 def test_a_text_has_its_length_and_one_needle(length, depth):
-    pair = haystacks().pair(length, depth, 0)
+    pair = haystacks().request(length, depth, 0)
     assert len(whole(pair)) == length
     text = tokenizer().decode(whole(pair))
     name, value = ASKS.search(text).groups()
@@ -79,22 +79,22 @@ def test_seed_depth_and_trial_decide_a_text():
 
 def test_a_text_begins_with_bos_where_the_model_wants_it():
     prompts = Prompts(tokenizer(), None, {"bos_token": "<|endoftext|>"}, True, ())
-    ids = whole(needle.Haystacks(prompts, LINES, 3, 0).pair(200, 0.0, 0))
+    ids = whole(haystack.Haystacks(prompts, LINES, 3, 0).request(200, 0.0, 0))
     assert ids[0] == tokenizer().eos_id not in ids[1:] and len(ids) == 200
 
 
 def test_a_text_without_room_for_the_facts():
     with pytest.raises(ValueError, match=r"--lengths: 20 tokens have no room .* --others=3 .* \d+"):
-        haystacks().pair(20, 0.5, 0)
+        haystacks().request(20, 0.5, 0)
 
 
 # Readers
 
 
-def reader(sight: int) -> needle.Scores:
+def reader(sight: int) -> haystack.ScoreFn:
     """Answers right if the needle lies in the last `sight` tokens, and otherwise has no idea."""
 
-    def score(pair: Pair) -> Score:
+    def score(pair: ScoreRequest) -> Score:
         name = ASKS.search(tokenizer().decode(whole(pair)))[1]
         seen = dict(FACT.findall(tokenizer().decode(whole(pair)[-sight:])))
         answer = tokenizer().encode(f" {seen[name]}") if name in seen else []
@@ -103,8 +103,8 @@ def reader(sight: int) -> needle.Scores:
     return lambda pairs, advance: [score(pair) for pair in pairs]
 
 
-def grid(scores: needle.Scores) -> needle.Grid:
-    return needle.measure("a reader", haystacks(), scores, LENGTHS, DEPTHS, trials=4)
+def grid(scores: haystack.ScoreFn) -> haystack.Grid:
+    return haystack.measure("a reader", haystacks(), scores, LENGTHS, DEPTHS, trials=4)
 
 
 def test_a_perfect_reader_finds_every_needle():
@@ -143,7 +143,7 @@ def fresh_model() -> DeepSeekV3:
     return build(lambda: DeepSeekV3(SIZES, Policy(), rngs=nnx.Rngs(0)))[0]
 
 
-def plain_log_probability(pair: Pair) -> float:
+def plain_log_probability(pair: ScoreRequest) -> float:
     """Of the answer by the whole model, in float64."""
     tokens = np.array(whole(pair), np.int32)
     logits = np.asarray(fresh_model()(tokens[None, :-1])[0], np.float64)
@@ -175,7 +175,7 @@ def test_command_writes_picture_and_numbers(folder, tmp_path, monkeypatch, capsy
     assert saved["depths"] == [0.0, 0.5, 1.0] and np.shape(saved["found"]) == (3, 2)
     assert np.max(saved["log_prob"]) < 0.0
     same = haystacks(n_others=0, lines=filler_lines(str(tmp_path / "hay.txt")))
-    answers = [plain_log_probability(same.pair(120, 0.5, trial)) for trial in range(2)]
+    answers = [plain_log_probability(same.request(120, 0.5, trial)) for trial in range(2)]
     assert saved["log_prob"][1][0] == pytest.approx(np.mean(answers), rel=1e-4)
     assert "120 tokens: found 0." in capsys.readouterr().out
     beside = [f"--beside={tmp_path}/one.json", "--title=again"]

@@ -1,1 +1,1 @@
-"""What a trained model can do, measured."""
+"""Measures of a trained model: perplexity, lm-eval's tasks, and needles in haystacks."""

@@ -21,26 +21,12 @@ Contexts longer than --max-length lose their beginning.
 """
 
 import argparse
-import dataclasses
 import json
-import tempfile
 from pathlib import Path
 
 from dsv3_jax.cli import add_model_options
-from dsv3_jax.data.chat import Prompts, load_prompts
-from dsv3_jax.data.text import read_documents
 from dsv3_jax.errors import errors_as_messages
-from dsv3_jax.evaluation.local_tasks import WORDNET, write_own_tasks
-from dsv3_jax.evaluation.perplexity import perplexity
-from dsv3_jax.evaluation.report import show
-from dsv3_jax.evaluation.scorer import Scorer
-from dsv3_jax.progress import bar
-from dsv3_jax.serving.generator import Generator
-from dsv3_jax.serving.model_view import ModelView
-from dsv3_jax.weights.pretrained import load_model, start_mesh
-from dsv3_jax.weights.sources import open_weights
-
-MULTIPLE = 128  # tokens that prompts of continuations are padded to
+from dsv3_jax.evaluation.local_tasks import WORDNET
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,64 +57,10 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     with errors_as_messages():
+        from dsv3_jax.evaluation.evaluate import evaluate, show  # JAX, which --help need not import
+
         report = evaluate(arguments)
     print(json.dumps(report, indent=1)) if arguments.json else show(report)
-
-
-def evaluate(arguments: argparse.Namespace) -> dict:
-    """All that the command line asks for; what needs no model is read and checked first."""
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit={arguments.limit} must be at least 1")
-    names = [name.strip() for name in arguments.tasks.split(",")] if arguments.tasks else []
-    mesh = start_mesh(arguments.mesh)
-    source = open_weights(arguments.weights)
-    prompts = _with_bos(load_prompts(source.directory), arguments.bos)
-    texts = {data: _texts(data, arguments) for data in arguments.data}
-    with tempfile.TemporaryDirectory() as folder:
-        run = _prepared(names, arguments, Path(folder)) if names else None
-        model = load_model(source, arguments.dtype, mesh)
-        generator = Generator(ModelView.take(model, mesh), multiple=MULTIPLE)
-        given = arguments.max_length
-        max_length = source.max_length if given is None else given
-        settings = {"weights": str(arguments.weights), "max_length": max_length}
-        scorer = Scorer(generator, max_length, arguments.batch)
-        costs = _perplexities(texts, scorer, prompts)
-        rows = run(scorer, prompts) if run else []
-    return settings | {"perplexity": costs, "tasks": rows}
-
-
-def _with_bos(prompts: Prompts, bos: str | None) -> Prompts:
-    if bos is None:
-        return prompts
-    if bos == "yes" and "bos_token" not in prompts.special_tokens:
-        raise ValueError("--bos=yes: tokenizer_config.json names no bos_token")
-    return dataclasses.replace(prompts, add_bos=bos == "yes")
-
-
-def _texts(data: str, arguments: argparse.Namespace) -> list[str]:
-    return [text for _, text in read_documents(data, arguments.text_field, "refuse")][
-        : arguments.limit
-    ]
-
-
-def _perplexities(texts: dict[str, list[str]], scorer: Scorer, prompts: Prompts) -> dict:
-    return {name: perplexity(scorer, some, prompts, bar).as_dict() for name, some in texts.items()}
-
-
-def _prepared(names: list[str], arguments: argparse.Namespace, folder: Path):
-    """(scorer, prompts) -> rows, with the tasks found before any weight is read."""
-    from dsv3_jax.evaluation.harness import HarnessModel  # only here, as lm-eval may be missing
-    from dsv3_jax.evaluation.run_tasks import find_tasks, run_tasks
-
-    write_own_tasks(names, folder, arguments.wordnet)
-    manager = find_tasks(names, [folder, *arguments.include])
-
-    def run(scorer: Scorer, prompts: Prompts) -> list[dict]:
-        model = HarnessModel(scorer, prompts, bar)
-        rows = run_tasks(model, names, manager, arguments.limit, arguments.chat)
-        return [dataclasses.asdict(row) for row in rows]
-
-    return run
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ FIRST_FILE = 3
 CHOICES = re.compile(r"(.*?)\s*\(A\)(.*?)\(B\)(.*?)\(C\)(.*?)\(D\)(.*)", re.DOTALL)
 
 
-def write_own_tasks(names: list[str], folder: Path, wordnet: Path = WORDNET) -> list[str]:
-    """Write those of `names` that are tasks of this module into `folder`; returns which."""
+def write_local_tasks(names: list[str], folder: Path, wordnet: Path = WORDNET) -> list[str]:
+    """Write the tasks of this module among `names` into `folder`, and return their names."""
     records = {"mmlu_dev": mmlu_questions, "wordnet": lambda: wordnet_questions(wordnet)}
     written = [name for name in dict.fromkeys(names) if name in records]
     for name in written:
@@ -37,7 +37,7 @@ def write_own_tasks(names: list[str], folder: Path, wordnet: Path = WORDNET) -> 
 
 
 def _write_task(folder: Path, name: str, records: list[dict]):
-    """A multiple-choice task of {"prompt", "choices", "answer"}, and its data."""
+    """Write a multiple-choice task of {"prompt", "choices", "answer"}, and its data."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     metrics = ("acc", "acc_norm", "acc_mutual_info")
@@ -60,7 +60,7 @@ def _write_task(folder: Path, name: str, records: list[dict]):
 
 
 def mmlu_questions() -> Iterator[dict]:
-    """The worked examples with four choices, as MMLU asks them."""
+    """Yield the worked examples with four choices, as MMLU asks them."""
     folder = importlib.resources.files("lm_eval") / "tasks/mmlu/flan_cot_fewshot"
     paths = (path for path in folder.iterdir() if re.fullmatch(r"mmlu_.*\.yaml", path.name))
     for path in sorted(paths, key=lambda path: path.name):
@@ -83,7 +83,7 @@ def mmlu_questions() -> Iterator[dict]:
 
 
 def wordnet_questions(folder: Path) -> Iterator[dict]:
-    """`PER_CATEGORY` definitions of each category, in turns: any number of them is balanced.
+    """Yield `PER_CATEGORY` definitions of each category, in turns: any number of them is balanced.
 
     Raises:
         FileNotFoundError: no data.noun there.

@@ -37,4 +37,4 @@ def scorer(mesh_text: str = "dp1", batch: int = 8) -> Scorer:
     source = open_weights(CHECKPOINT)
     view = ModelView.take(load_model(source, "float32", mesh), mesh)
     generator = Generator(view, multiple=128)
-    return Scorer(generator, source.max_length, batch, shortest=source.max_length)
+    return Scorer(generator, source.max_length, batch, min_length=source.max_length)
