@@ -3,13 +3,12 @@
     python -m tools.fetch_text debian-docs    documentation and a dictionary, 97M characters
     python -m tools.fetch_text wordnet        WordNet's database files
 
-Packages are downloaded by apt-get and unpacked into one folder, whole or not at all; nothing is
-installed. What they hold stays under its own licences (named as it is written) and on this
+Packages are downloaded by apt-get and unpacked into one folder, completely or not at all; nothing
+is installed. Their content stays under its own licences (named as it is written) and on this
 machine.
 """
 
 import argparse
-import dataclasses
 import fnmatch
 import gzip
 import json
@@ -21,60 +20,38 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
-
-from rich.console import Console
+from typing import IO, NamedTuple
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.cache import build_once, is_intact
 from dsv3_jax.errors import errors_as_messages
+from dsv3_jax.progress import spinner
 
+PROGRAMS = ("apt-get", "apt-cache", "dpkg-deb")
 UPDATE = "apt-get update (as root) brings apt's lists up to date"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Package:
-    """What is taken from a Debian package.
+class Package(NamedTuple):
+    """The part of a Debian package that is taken."""
 
-    Args:
-        name: in Debian 12 (bookworm).
-        family: pattern of names in other releases, with the version in parentheses.
-        members: wildcard of its files; those that end in .gz or .dz are decompressed.
-        entry: pattern between two documents of one file; without it, a file is a document.
-    """
-
-    name: str
-    members: str
+    name: str  # in Debian 12 (bookworm)
+    members: str  # wildcard of its files; those that end in .gz or .dz are decompressed
     licence: str
-    family: str = "$^"
-    entry: bytes | None = None
+    family: str = "$^"  # pattern of the name in other releases, with the version in parentheses
+    entry: bytes | None = None  # pattern between the documents of a file; None: it is one document
 
 
 SOURCES = {
     "debian-docs": (
-        Package(
-            name="linux-doc-6.1",
-            family=r"linux-doc-([\d.]+)",
-            members="*.rst.gz",
-            licence="GPL-2",
-        ),
-        Package(
-            name="python3.11-doc",
-            family=r"python(3\.\d+)-doc",
-            members="*/_sources/*.rst.txt",
-            licence="PSF",
-        ),
-        Package(name="perl-doc", members="*.pod", licence="GPL-1+ or Artistic"),
-        Package(name="git-doc", members="*.txt", licence="GPL-2"),
-        Package(name="anarchism", members="*.md.gz", licence="GPL-2"),
-        Package(
-            name="dict-gcide",
-            members="*/gcide.dict.dz",
-            licence="GPL-2+",
-            entry=rb"\n\n(?=[^\s\[].*\\)",  # the line of a headword has its syllables in \...\
-        ),
+        Package("linux-doc-6.1", "*.rst.gz", "GPL-2", family=r"linux-doc-([\d.]+)"),
+        Package("python3.11-doc", "*/_sources/*.rst.txt", "PSF", family=r"python(3\.\d+)-doc"),
+        Package("perl-doc", "*.pod", "GPL-1+ or Artistic"),
+        Package("git-doc", "*.txt", "GPL-2"),
+        Package("anarchism", "*.md.gz", "GPL-2"),
+        # The line of a headword has its syllables in \...\
+        Package("dict-gcide", "*/gcide.dict.dz", "GPL-2+", entry=rb"\n\n(?=[^\s\[].*\\)"),
     ),
-    "wordnet": (Package(name="wordnet-base", members="*/share/wordnet/*", licence="WordNet 3.0"),),
+    "wordnet": (Package("wordnet-base", "*/share/wordnet/*", "WordNet 3.0"),),
 }
 
 
@@ -94,8 +71,7 @@ def fetch(source: str, folder: Path):
             f"{folder} exists, but its files are not those that this command writes; remove it, or "
             "name another folder with --out"
         )
-    needed = ("apt-get", "apt-cache", "dpkg-deb")
-    if lacking := [program for program in needed if shutil.which(program) is None]:
+    if lacking := [program for program in PROGRAMS if shutil.which(program) is None]:
         raise FileNotFoundError(
             f"no {', '.join(lacking)} here: {source} comes from Debian packages, which a Debian or "
             f"Ubuntu system (or container) fetches; copy the folder {folder} from one, or give "
@@ -107,19 +83,24 @@ def fetch(source: str, folder: Path):
         for package in SOURCES[source]:
             name = name_in_release(package)
             with (
-                Console().status(f"downloading and unpacking {name}"),
+                spinner(f"downloading and unpacking {name}"),
                 tempfile.TemporaryDirectory(dir=fresh.parent) as scratch,
                 _download(name, Path(scratch)).open("rb") as archive,
             ):
-                found = write(package, name, archive, fresh)
-            print(f"{name} ({package.licence}): {found}")
+                summary = write(package, name, archive, fresh)
+            if not summary:
+                raise ValueError(
+                    f"the package {name} of {_release()} has no files {package.members}, as it has "
+                    "in Debian 12; fetch there and copy the folder"
+                )
+            print(f"{name} ({package.licence}): {summary}")
 
     build_once(folder, build)
     print(f"{folder} is ready; what is in it stays under the licences in parentheses")
 
 
 def name_in_release(package: Package) -> str:
-    """The package's name in this release: its own, or the newest of its family."""
+    """Return the package's name in this release: its own, or the newest of its family."""
     known = set(_run("apt-cache", "pkgnames").split())
     if package.name in known:
         return package.name
@@ -131,11 +112,11 @@ def name_in_release(package: Package) -> str:
     return newest
 
 
-def members(file: IO[bytes], wildcard: str) -> Iterator[tuple[str, bytes]]:
-    """Name and decompressed bytes of the regular files of a tar archive that match; no links."""
+def read_members(file: IO[bytes], wildcard: str) -> Iterator[tuple[str, bytes]]:
+    """Yield name and decompressed content of the regular files of a tar archive that match."""
     with tarfile.open(fileobj=file) as archive:
         for member in archive:
-            # Two names of one text would make it count twice, so links are left out.
+            # Links are left out: two names of one text would make it count twice.
             if member.isreg() and fnmatch.fnmatchcase(member.name, wildcard):
                 content = archive.extractfile(member).read()
                 if member.name.endswith((".gz", ".dz")):
@@ -144,46 +125,35 @@ def members(file: IO[bytes], wildcard: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _write_documents(package: Package, name: str, file: IO[bytes], folder: Path) -> str:
-    """Write `name`.jsonl, {"name", "text"} a line; returns what it holds, in words."""
-    count, size, left_out = 0, 0, 0
+    """Write `name`.jsonl, {"name", "text"} a line; return a summary, empty without documents."""
+    n_documents, n_bytes, n_binary = 0, 0, 0
     with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
-        for member, content in members(file, package.members):
+        for member, content in read_members(file, package.members):
             parts = re.split(package.entry, content) if package.entry else [content]
             for number, part in enumerate(parts):
                 try:
                     text = part.decode()
                 except UnicodeDecodeError:
-                    left_out += 1
+                    n_binary += 1
                     continue
-                place = f"{member}:{number}" if package.entry else member
-                json.dump({"name": place, "text": text}, lines, ensure_ascii=False)
-                lines.write("\n")
-                count, size = count + 1, size + len(part)
-    _check_found(count, package, name)
-    others = f"; left out {left_out} that are not UTF-8" if left_out else ""
-    return f"{count:,} documents, {size / 1e6:.1f} MB{others}"
+                document = {"name": f"{member}:{number}" if package.entry else member, "text": text}
+                lines.write(json.dumps(document, ensure_ascii=False) + "\n")
+                n_documents, n_bytes = n_documents + 1, n_bytes + len(part)
+    left_out = f"; left out {n_binary} that are not UTF-8" if n_binary else ""
+    return f"{n_documents:,} documents, {n_bytes / 1e6:.1f} MB{left_out}" if n_documents else ""
 
 
 def _write_files(package: Package, name: str, file: IO[bytes], folder: Path) -> str:
-    """Write the files as they are, without their folders; returns what there is, in words."""
+    """Write the files as they are, without their folders; return a summary, empty without files."""
     sizes = [
         (folder / Path(member).name).write_bytes(content)
-        for member, content in members(file, package.members)
+        for member, content in read_members(file, package.members)
     ]
-    _check_found(len(sizes), package, name)
-    return f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB"
-
-
-def _check_found(count: int, package: Package, name: str):
-    if not count:
-        raise ValueError(
-            f"the package {name} of {_release()} has no files {package.members}, as it has in "
-            "Debian 12; fetch there and copy the folder"
-        )
+    return f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB" if sizes else ""
 
 
 def _download(name: str, scratch: Path) -> Path:
-    """The tar archive of the files of a package."""
+    """Return the tar archive of the files of a package."""
     _run("apt-get", "download", name, folder=scratch)
     (package,) = scratch.glob("*.deb")
     archive = scratch / "files.tar"
@@ -193,7 +163,7 @@ def _download(name: str, scratch: Path) -> Path:
 
 
 def _run(*command: str, folder: Path | None = None, output: IO[bytes] | None = None) -> str:
-    """What the command prints, if not sent to `output`; an error with its last line if it fails."""
+    """Run a command and return what it prints; an OSError gives its last line if it fails."""
     done = subprocess.run(
         command,
         cwd=folder,
@@ -215,7 +185,7 @@ def _release() -> str:
     return found[1] if found else "this release"
 
 
-def parse_arguments() -> argparse.Namespace:
+def main():
     parser = argparse.ArgumentParser(
         prog="python -m tools.fetch_text",
         description=__doc__,
@@ -225,18 +195,13 @@ def parse_arguments() -> argparse.Namespace:
     default = Path(DataConfig().cache_dir).parent / "data"
     parser.add_argument("--out", type=Path, help=f"folder to write (default: {default}/SOURCE)")
     arguments = parser.parse_args()
-    arguments.out = arguments.out or default / arguments.source
-    return arguments
-
-
-def main():
-    arguments = parse_arguments()
+    folder = arguments.out or default / arguments.source
     with errors_as_messages():
-        fetch(arguments.source, arguments.out)
+        fetch(arguments.source, folder)
     if arguments.source == "debian-docs":
         print(
             f"train on it with: python train.py --workdir=runs/{arguments.source} "
-            f"--set data.source={arguments.out} --set model.vocab_size=4096"
+            f"--set data.source={folder} --set model.vocab_size=4096"
         )
 
 

@@ -94,7 +94,7 @@ class Scorer:
             )
 
     def _score_batch(self, requests: list[ScoreRequest]) -> list[Score]:
-        """Return the scores of one batch, as many rows as there are padded to `self.batch`."""
+        """Return the scores of one batch, which is padded to `self.batch` rows."""
         rows = [np.array(request.context + request.continuation) for request in requests]
         rows = [row[-(self.max_length + 1) :] for row in rows]
         width = padded_length(max(map(len, rows)) - 1, self._min_length, self.max_length)
