@@ -23,7 +23,7 @@ def test_restore_on_another_mesh_is_bitwise_equal(tmp_path):
     checkpoints.close()
 
 
-def test_values_survive_a_walk_over_meshes(tmp_path):
+def test_values_survive_a_chain_of_meshes(tmp_path):
     """8 devices, then 4, 1, and 8 again laid out otherwise."""
     checkpoints = CheckpointManager(tmp_path, 2)
     state = first = placed(mesh_of(8, 1))
