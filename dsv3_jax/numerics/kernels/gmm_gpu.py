@@ -21,7 +21,7 @@ from dsv3_jax.shapes import Array, Float, Int
 BAND = 8  # row tiles that go through the columns together, and share their weights in the L2 cache
 
 
-class _Tiles(NamedTuple):
+class _TileSizes(NamedTuple):
     """The sizes of a program's tile of the result and of a step of its sum; powers of two."""
 
     rows: int
@@ -64,15 +64,15 @@ def gmm(
     if summed != width:
         raise ValueError(f"weights of width {summed} don't meet rows of width {width}")
     tiles = _tiles(rows.dtype, n_rows // n_groups)
-    found = row_tiles(sizes, n_rows, tiles.rows)
+    schedule = row_tiles(sizes, n_rows, tiles.rows)
     return pl.pallas_call(
         functools.partial(_gmm_kernel, tiles=tiles, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((n_rows, columns), rows.dtype),
-        grid=(BAND, pl.cdiv(columns, tiles.columns), found.start.size // BAND),
+        grid=(BAND, pl.cdiv(columns, tiles.columns), schedule.start.size // BAND),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="gmm",
-    )(*found, rows, weights)
+    )(*schedule, rows, weights)
 
 
 def tgmm(
@@ -105,15 +105,15 @@ def tgmm(
     )(stop - sizes.astype(jnp.int32), stop, rows, grad)
 
 
-def _tiles(dtype: jnp.dtype, n_rows: int) -> _Tiles:
+def _tiles(dtype: jnp.dtype, n_rows: int) -> _TileSizes:
     """Return the tile sizes for results of `n_rows` rows per group, as large as registers allow.
 
     Tiles are not much larger than the result.
     """
     rows = min(pl.next_power_of_2(max(n_rows, 16)), 128)
     if dtype.itemsize > 2:
-        return _Tiles(min(rows, 64), 64, 32, 4, 3)
-    return _Tiles(rows, 256, 64, 8, 3) if rows == 128 else _Tiles(rows, 128, 64, 4, 4)
+        return _TileSizes(min(rows, 64), 64, 32, 4, 3)
+    return _TileSizes(rows, 256, 64, 8, 3) if rows == 128 else _TileSizes(rows, 128, 64, 4, 4)
 
 
 def row_tiles(sizes: Int[Array, " e"], n_rows: int, tile: int) -> _RowTiles:
