@@ -14,8 +14,8 @@ ROWS = PackedRows(np.arange(1000, dtype=np.uint16), seq_len=13, extra=2)  # 76 r
 SMALL = PackedRows(np.arange(90, dtype=np.uint16), seq_len=8, extra=2)  # 11 rows
 
 
-def loader_of(rows, batch: int = 4, **how) -> Loader:
-    return Loader(rows, BatchSizes((0,), (batch,), 1), **how)
+def loader_of(rows, batch: int = 4, **options) -> Loader:
+    return Loader(rows, BatchSizes((0,), (batch,), 1), **options)
 
 
 def take(loader: Loader, n: int) -> list[np.ndarray]:

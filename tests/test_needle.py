@@ -40,8 +40,8 @@ def whole(pair: ScoreRequest) -> list[int]:
     return [*pair.context, *pair.continuation]
 
 
-def text_of(length: int, depth: float, trial: int = 0, **how) -> str:
-    return tokenizer().decode(whole(haystacks(**how).request(length, depth, trial)))
+def text_of(length: int, depth: float, trial: int = 0, **options) -> str:
+    return tokenizer().decode(whole(haystacks(**options).request(length, depth, trial)))
 
 
 # Texts

@@ -27,7 +27,7 @@ class RandomAccess(Protocol):
 
 
 class RowBatch(NamedTuple):
-    """This process's rows of a batch.
+    """The rows of a batch that this process takes.
 
     `rows` is a `Row`, or the NamedTuple or dict that the source gives, with arrays [b row].
     """
@@ -37,7 +37,7 @@ class RowBatch(NamedTuple):
 
 
 class Loader:
-    """Process `index` of `count`'s slice of every global batch, one after the other.
+    """Iterates over this process's slices of the global batches.
 
     A source is anything that gives rows: `Row`s, or any other NamedTuple or dict of arrays [row]
     (post-training adds advantages, say); every row has the same fields and lengths.
@@ -100,7 +100,7 @@ class Loader:
 
 
 class _EpochReader:
-    """Batches of a source with random access, epoch after epoch; shuffled if there is a seed."""
+    """Reads a source with random access epoch after epoch, shuffled if there is a seed."""
 
     def __init__(self, source: RandomAccess, seed: int | None):
         order = grain.MapDataset.range(len(source))
@@ -123,7 +123,7 @@ class _EpochReader:
 
 
 class _StreamReader:
-    """Batches of an iterable, which knows where it stands."""
+    """Reads an iterable, and keeps count of the rows it has given."""
 
     def __init__(self, source: Iterable):
         self._source, self._rows, self._row = source, iter(source), 0
@@ -139,7 +139,8 @@ class _StreamReader:
                     f"cannot go back to row {row}; give an iterable that begins anew"
                 )
             self._rows, self._row = rows, 0
-        self._read(row - self._row)
+        for _ in itertools.islice(self._rows, row - self._row):
+            self._row += 1
         return self._batches(sizes, process, step)
 
     def _batches(
@@ -182,7 +183,7 @@ def _stack(rows: Sequence, indices: Sequence[int]) -> RowBatch:
 
 
 def _own_slice(batch: int, process: tuple[int, int]) -> slice:
-    """The rows of a global batch that one process takes."""
+    """Return the rows of a global batch that one process takes."""
     index, n_rows = process[0], _rows_per_process(batch, process)
     return slice(index * n_rows, (index + 1) * n_rows)
 
