@@ -104,8 +104,14 @@ def test_continuations(run):
     ids = [x["prompt_ids"][-(160 - 32) :] for x in recorded]
     stop_rule = StopRule(max_new=32, until=("\n\n", " the "), stop_ids=prompts().stop_ids)
     done = []
-    how = {"batch": scorer().batch, "advance": done.append}
-    found = generate_completions(scorer().generator, prompts().tokenizer, ids, stop_rule, **how)
+    found = generate_completions(
+        scorer().generator,
+        prompts().tokenizer,
+        ids,
+        stop_rule,
+        scorer().batch,
+        advance=done.append,
+    )
     assert [list(x.ids) for x in found] == [x["new_ids"] for x in recorded]
     assert [x.text for x in found] == [x["text"] for x in recorded]
     assert sum(done) == len(recorded)

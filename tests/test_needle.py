@@ -168,8 +168,13 @@ def run(monkeypatch, folder, *arguments: str):
 
 def test_command_writes_picture_and_numbers(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "hay.txt").write_text("\n".join(LINES))
-    how = ["--lengths=120,150", "--depths=0,50,100", "--trials=2", f"--haystack={tmp_path}/hay.txt"]
-    run(monkeypatch, folder, *how, f"--out={tmp_path}/one.png")
+    sizes = [
+        "--lengths=120,150",
+        "--depths=0,50,100",
+        "--trials=2",
+        f"--haystack={tmp_path}/hay.txt",
+    ]
+    run(monkeypatch, folder, *sizes, f"--out={tmp_path}/one.png")
     saved = json.loads((tmp_path / "one.json").read_text())
     assert saved["title"] == "model" and saved["lengths"] == [120, 150]
     assert saved["depths"] == [0.0, 0.5, 1.0] and np.shape(saved["found"]) == (3, 2)
@@ -179,7 +184,7 @@ def test_command_writes_picture_and_numbers(folder, tmp_path, monkeypatch, capsy
     assert saved["log_prob"][1][0] == pytest.approx(np.mean(answers), rel=1e-4)
     assert "120 tokens: found 0." in capsys.readouterr().out
     beside = [f"--beside={tmp_path}/one.json", "--title=again"]
-    run(monkeypatch, folder, *how, *beside, "--lengths=120", f"--out={tmp_path}/two.png")
+    run(monkeypatch, folder, *sizes, *beside, "--lengths=120", f"--out={tmp_path}/two.png")
     again = json.loads((tmp_path / "two.json").read_text())
     assert again["title"] == "again" and again["lengths"] == [120]
     first = [row[:1] for row in saved["log_prob"]]
