@@ -61,6 +61,7 @@ SAME_FLOOR = {  # (importer, imported): may import
     ("dsv3_jax.pipeline_plan", "dsv3_jax.flops"),
     ("dsv3_jax.weights", "dsv3_jax.checkpoint"),
     ("dsv3_jax.weights", "dsv3_jax.data"),
+    ("dsv3_jax.training", "dsv3_jax.serving"),
     ("train", "configs"),
     ("dsv3_jax.plan", "configs"),
     ("dsv3_jax.aot.__main__", "configs"),

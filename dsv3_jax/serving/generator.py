@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dsv3_jax.model.mla import Latents
 from dsv3_jax.serving.decode import Cache, Fp8Latents, decode_step, prefill
@@ -71,7 +72,7 @@ class Generator:
             current = token
             if i + 1 < max_new:  # runs while the caller looks at the current one
                 token, cache = next_token(token, cache, keys)
-            ids = np.asarray(current)[: len(prompts)]
+            ids = _to_host(current)[: len(prompts)]
             done = done | np.isin(ids, stop_ids)
             yield Step(ids, done)
             if done.all():
@@ -98,6 +99,13 @@ class Generator:
             view.program(first_token, (BATCH, BATCH, BATCH), (BATCH, cache)),
             view.program(next_token, (BATCH, cache, BATCH), (BATCH, cache), donate=(1,)),
         )
+
+
+def _to_host(tokens: Int[jax.Array, " B"]) -> Int[np.ndarray, " B"]:
+    """Return the tokens of all rows, those on devices of other processes too."""
+    if tokens.is_fully_addressable:
+        return np.asarray(tokens)
+    return multihost_utils.process_allgather(tokens, tiled=True)
 
 
 def check_request(prompts: Sequence[Sequence[int]], max_new: int, vocab_size: int):

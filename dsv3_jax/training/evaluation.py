@@ -1,4 +1,4 @@
-"""What a run measures between steps: held-out losses, what FP8 loses, and a sample of text.
+"""What a run measures between steps: held-out losses, and what FP8 loses.
 
 Pipeline stages are for training steps alone: here their devices join the data-parallel ones, and
 weights are gathered one layer at a time. No program here has redundant experts, which change no
@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import UInt32
+from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import Corpus
@@ -23,7 +22,6 @@ from dsv3_jax.model.deepseek import abstract_model
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quant_stats import QuantStats
 from dsv3_jax.params import named_arrays, param_specs, zero_quant_stats
-from dsv3_jax.shapes import Array, Int
 from dsv3_jax.training.batches import device_batch
 from dsv3_jax.training.state import make_layout, split_model
 from dsv3_jax.training.step import prepare_weights
@@ -78,25 +76,6 @@ class Evaluation:
             row |= fp8_fractions(jax.device_get(self._fp8_stats(params, bias, batches[0])))
         return row
 
-    def sample(self, params: nnx.State, bias: nnx.State) -> tuple[str, str]:
-        """Return a prompt from the held-out text, and the model's continuation of it."""
-        shards, n_new = self._layout.mesh.n_data_shards, self._config.train.sample_tokens
-        prompt = np.asarray(self._corpus.held_out[0].tokens[:16])
-        rows = np.zeros((shards, prompt.size + n_new), np.int32)
-        rows[:, : prompt.size] = prompt
-        keys = jax.random.split(jax.random.key(self._config.train.seed), shards)
-        keys = np.asarray(jax.random.key_data(keys))
-        sharding = NamedSharding(self._mesh, BATCH)
-        rows, keys = (
-            jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
-            for x in (rows, keys)
-        )
-        sampler = make_sampler(self._config, self._mesh, self._layout)
-        out = sampler(params, bias, rows, jnp.int32(prompt.size), keys)
-        row = np.asarray(out.addressable_shards[0].data)[0]
-        decode = self._corpus.tokenizer.decode
-        return decode(prompt.tolist()), decode(row[prompt.size :].tolist())
-
 
 def make_evaluation(config: Config, mesh: Mesh, layout: Layout) -> Callable:
     """Return (params, bias, batch) -> mean losses over the global batch."""
@@ -148,36 +127,6 @@ def fp8_fractions(counts: nnx.State) -> dict[str, float]:
         for kind in QuantStats._fields[1:]:
             row[f"fp8_{operand}_{kind}"] = float(getattr(stats, kind) / stats.all)
     return row
-
-
-def make_sampler(config: Config, mesh: Mesh, layout: Layout, temperature: float = 0.7) -> Callable:
-    """Return (params, bias, tokens [B T], start, keys [B 2]) -> tokens, sampled from `start` on.
-
-    Every new token runs the model over all T positions: right for a line of text after training.
-    Rows are whole texts, also where training splits sequences over devices.
-    """
-    layout = dataclasses.replace(layout, context=1)
-    build_model, specs = model_builder(config, layout)
-
-    def shard(params, bias, tokens: Int[Array, "b T"], start, keys: UInt32[Array, "b 2"]):
-        model = build_model(params, bias)
-
-        def append_token(position, tokens):
-            hidden, _ = model.hidden_states(tokens, layout)
-            last = jax.lax.dynamic_slice_in_dim(hidden, position - 1, 1, axis=1)
-            logits = model.logits(last, layout)[:, 0] / temperature
-            keys_now = jax.vmap(_fold_in, (0, None))(keys, position)
-            new = jax.vmap(jax.random.categorical)(keys_now, logits).astype(tokens.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(tokens, new[:, None], position, axis=1)
-
-        return jax.lax.fori_loop(start, tokens.shape[1], append_token, tokens)
-
-    inputs = (specs, REPLICATED, BATCH, REPLICATED, BATCH)
-    return jax.jit(manual_region(shard, mesh, inputs, BATCH))
-
-
-def _fold_in(key: UInt32[Array, " 2"], position: Int[Array, ""]) -> jax.Array:
-    return jax.random.fold_in(jax.random.wrap_key_data(key), position)
 
 
 def model_builder(config: Config, layout: Layout) -> tuple[Callable, nnx.State]:

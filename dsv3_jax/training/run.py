@@ -34,6 +34,7 @@ from dsv3_jax.training.health import (
 from dsv3_jax.training.rebalance import ExpertRebalancer
 from dsv3_jax.training.records import read_rows
 from dsv3_jax.training.reporting import Reporter
+from dsv3_jax.training.sampling import sample_text
 from dsv3_jax.training.saving import Restored, RunCheckpoints
 from dsv3_jax.training.setup import compile_step, initial_state, make_loader, set_up
 from dsv3_jax.training.step import Metrics
@@ -271,7 +272,7 @@ class Run:
 
     def _print_end(self, rows: list[dict]):
         """Print a continuation of held-out text, the last loss, and where everything is."""
-        prompt, text = self.evaluation.sample(self.state.params, self.state.bias)
+        prompt, text = sample_text(self.setup, self.state)
         sample = rich.text.Text.assemble("\nsample: ", prompt, (text, "bold"), "\n")
         self.reporter.console.print(sample)
         end = messages.end(rows, self.setup.corpus.unigram_entropy)
