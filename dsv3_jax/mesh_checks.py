@@ -1,4 +1,4 @@
-"""Whether the program of a config can be divided over a mesh, and if not, what would work."""
+"""Checks that a mesh can divide the program of a config; errors name what would work."""
 
 import math
 
@@ -9,7 +9,12 @@ from sharding.schedules import nearest_micro
 
 
 def check_mesh(config: Config, mesh: MeshSpec):
-    """Raise a ValueError, with what would work, unless `mesh` divides the program of `config`."""
+    """Check that `mesh` divides the program of `config`.
+
+    Raises:
+        ValueError: it does not; the error names what would work.
+        NotImplementedError: redundant experts with pipeline stages.
+    """
     train, context = config.train, config.parallel.context
     if mesh.ranks % context:
         raise ValueError(
@@ -19,55 +24,58 @@ def check_mesh(config: Config, mesh: MeshSpec):
         )
     axes = "dp * ep" if context == 1 else "dp * ep / parallel.context"
     for batch in reversed(BatchSizes.of(train).sizes):
-        ramp = f" (on the way from train.first_batch={train.first_batch} to {train.batch})"
-        what = f"train.batch={batch} sequences" + ramp * (batch < train.batch)
-        _check_divides(what, batch, axes, mesh.n_data_shards // context, mesh)
+        name = f"train.batch={batch} sequences"
+        if batch < train.batch:
+            name += f" (on the way from train.first_batch={train.first_batch} to {train.batch})"
+        _check_divides(name, batch, axes, mesh.n_data_shards // context, mesh)
     check_model_mesh(config.model, mesh)
     if mesh.pp > 1:
         for batch in BatchSizes.of(config.train).sizes:
             _check_pipeline(with_batch(config, batch), mesh)
 
 
-def rows_a_device(config: Config, mesh: MeshSpec) -> int:
-    """Sequences, or slices of them, that a device has of a step's batch."""
+def rows_per_device(config: Config, mesh: MeshSpec) -> int:
+    """Return the sequences, or slices of sequences, per device in a step's batch."""
     return config.train.batch * config.parallel.context // mesh.n_data_shards
 
 
 def n_micro_batches(config: Config, mesh: MeshSpec) -> int:
-    """Micro-batches of a step that pass through the pipeline."""
-    return rows_a_device(config, mesh) // config.pipeline.micro_batch_size
+    """Return the micro-batches of a step that pass through the pipeline."""
+    return rows_per_device(config, mesh) // config.pipeline.micro_batch_size
 
 
-def why_not(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
-    """Why a schedule cannot run that config on that mesh, with what would work; None if it can."""
+def schedule_obstacle(schedule: str, config: Config, mesh: MeshSpec) -> str | None:
+    """Return why a schedule cannot run the config on the mesh, and what would work; None if it can.
+
+    Every stage needs work. The embedding with the dense layers counts as a layer here, and so does
+    the output head with MTP.
+    """
     model, n_micro = config.model, n_micro_batches(config, mesh)
-    n_stages = mesh.pp * (2 if schedule == "dualpipev" else 1)
-    # The embedding with the dense layers, and the output head with MTP, are as good as layers.
-    n_parts = model.n_layers - model.n_dense + 2
-    fits = nearest_micro(schedule, mesh.pp, n_micro)
-    if fits is None:
+    stages_per_rank = 2 if schedule == "dualpipev" else 1
+    n_stages = mesh.pp * stages_per_rank
+    n_units = model.n_layers - model.n_dense + 2
+    needed_micro = nearest_micro(schedule, mesh.pp, n_micro)
+    if needed_micro is None:
         return f"dualpipe needs an even number of stages, not pp={mesh.pp}"
-    if n_parts < n_stages:
-        most = n_parts // (2 if schedule == "dualpipev" else 1)
+    if n_units < n_stages:
         return (
-            f"{schedule} on pp={mesh.pp} makes {n_stages} stages of {n_parts - 2} layers with "
-            f"experts and both ends of the model; at most pp={most} works"
+            f"{schedule} on pp={mesh.pp} makes {n_stages} stages of {n_units - 2} layers with "
+            f"experts and both ends of the model; at most pp={n_units // stages_per_rank} works"
         )
-    if fits != n_micro:
-        batch = (
-            fits * config.pipeline.micro_batch_size * mesh.n_data_shards // config.parallel.context
-        )
+    if needed_micro != n_micro:
+        rows = needed_micro * config.pipeline.micro_batch_size
+        batch = rows * mesh.n_data_shards // config.parallel.context
         return (
-            f"{schedule} on pp={mesh.pp} needs {fits} micro-batches, and train.batch="
+            f"{schedule} on pp={mesh.pp} needs {needed_micro} micro-batches, and train.batch="
             f"{config.train.batch} makes {n_micro} of pipeline.micro_batch_size="
-            f"{config.pipeline.micro_batch_size} on {mesh.n_data_shards} devices a stage; "
+            f"{config.pipeline.micro_batch_size} on {mesh.n_data_shards} devices per stage; "
             f"train.batch={batch} works"
         )
     return None
 
 
 def _check_pipeline(config: Config, mesh: MeshSpec):
-    rows, micro = rows_a_device(config, mesh), config.pipeline.micro_batch_size
+    rows, micro = rows_per_device(config, mesh), config.pipeline.micro_batch_size
     if rows % micro:
         raise ValueError(
             f"mesh {mesh}: the {rows} sequences that a device has of train.batch="
@@ -84,17 +92,22 @@ def _check_pipeline(config: Config, mesh: MeshSpec):
             f"stages; set it to 0, or use dp in place of pp"
         )
     schedule = config.pipeline.schedule
-    if reason := why_not("zb1p" if schedule == "auto" else schedule, config, mesh):
+    if reason := schedule_obstacle("zb1p" if schedule == "auto" else schedule, config, mesh):
         raise ValueError(f"mesh {mesh}: {reason}")
 
 
 def check_model_mesh(model: ModelConfig, mesh: MeshSpec):
-    """Raise a ValueError unless the parameters of `model` can be divided over `mesh`."""
+    """Check that `mesh` divides the parameters of `model`.
+
+    Raises:
+        ValueError: it does not; the error names what would work.
+    """
     sizes = {"model.vocab_size": model.vocab_size, "model.width": model.width}
     if model.moe:
         sizes = {"model.moe.n_experts": model.moe.n_experts} | sizes
-        if extra := model.moe.n_redundant:
-            _check_divides(f"model.moe.n_redundant={extra}", extra, "ep", mesh.ep, mesh)
+        if n_redundant := model.moe.n_redundant:
+            name = f"model.moe.n_redundant={n_redundant}"
+            _check_divides(name, n_redundant, "ep", mesh.ep, mesh)
         groups = model.moe.n_groups
         if mesh.nodes > 1:
             _check_divides(f"model.moe.n_groups={groups}", groups, "nodes", mesh.nodes, mesh)
@@ -102,10 +115,10 @@ def check_model_mesh(model: ModelConfig, mesh: MeshSpec):
         _check_divides(f"{name}={size}", size, "ep", mesh.ep, mesh)
 
 
-def _check_divides(what: str, size: int, axis: str, shares: int, mesh: MeshSpec):
-    if size % shares:
-        fits = max(n for n in range(1, shares + 1) if size % n == 0)
+def _check_divides(name: str, size: int, axis: str, n_shards: int, mesh: MeshSpec):
+    if size % n_shards:
+        divisor = max(n for n in range(1, n_shards + 1) if size % n == 0)
         raise ValueError(
-            f"mesh {mesh}: {what} cannot be divided over {axis}={shares}; nearest that work: "
-            f"{axis}={fits}, or {max(size // shares, 1) * shares} instead of {size}"
+            f"mesh {mesh}: {name} cannot be divided over {axis}={n_shards}; nearest that work: "
+            f"{axis}={divisor}, or {max(size // n_shards, 1) * n_shards} instead of {size}"
         )

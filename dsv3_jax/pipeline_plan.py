@@ -5,7 +5,7 @@ import functools
 
 from dsv3_jax.config import Config
 from dsv3_jax.flops import forward_flops
-from dsv3_jax.mesh_checks import n_micro_batches, why_not
+from dsv3_jax.mesh_checks import n_micro_batches, schedule_obstacle
 from sharding.mesh import MeshSpec
 from sharding.schedules import Costs, make
 from sharding.ticks import Table, lockstep, table_of
@@ -39,7 +39,9 @@ def pipeline_of(config: Config, mesh: MeshSpec) -> Pipeline:
     """
     if config.pipeline.schedule != "auto":
         return _pipeline(config.pipeline.schedule, config, mesh)
-    both = [name for name in ("dualpipe", "dualpipev") if why_not(name, config, mesh) is None]
+    both = [
+        name for name in ("dualpipe", "dualpipev") if schedule_obstacle(name, config, mesh) is None
+    ]
     found = [_pipeline(name, config, mesh) for name in both or ["zb1p"]]
     return min(found, key=lambda pipeline: lockstep(pipeline.table, pipeline.costs))
 

@@ -9,7 +9,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.loader import RowBatch
 from dsv3_jax.hardware import has_fp8_units
-from dsv3_jax.mesh_checks import why_not
+from dsv3_jax.mesh_checks import schedule_obstacle
 from dsv3_jax.training.expert_load import max_violation
 from dsv3_jax.training.health import SkippedStep
 from dsv3_jax.training.setup import Setup
@@ -45,7 +45,7 @@ def pipeline(setup: Setup) -> str:
     if (
         setup.config.pipeline.schedule == "auto"
         and setup.pipeline.table.schedule.name == "zb1p"
-        and (reason := why_not("dualpipe", setup.config, setup.layout.mesh))
+        and (reason := schedule_obstacle("dualpipe", setup.config, setup.layout.mesh))
     ):
         text += f" ({reason})"
     return text
