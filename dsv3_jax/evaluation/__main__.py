@@ -1,12 +1,12 @@
-"""How good a model is: perplexity of held-out text, and lm-eval's tasks.
+"""Measures of a model: perplexity of held-out text, and lm-eval's tasks.
 
     python -m dsv3_jax.evaluation --weights runs/tiny --data ~/texts/held-out
     python -m dsv3_jax.evaluation --weights runs/tiny --tasks mmlu_dev,wordnet
     python -m dsv3_jax.evaluation --weights ~/DeepSeek-V3 --mesh=ep8 --dtype=bfloat16 \\
         --include ~/tasks --tasks my_task --batch 64 --json
 
---data takes a file, a folder, a glob or JSON lines, and says how many nats a token costs the model,
-and how many bits a byte: compare models with different tokenizers by the latter. Every document
+--data takes a file, a folder, a glob or JSON lines, and prints the model's nats per token
+and bits per byte: compare models with different tokenizers by the latter. Every document
 stands alone, after one bos (or end of text); long ones are read in windows of --max-length, and
 each token counts once.
 
@@ -14,7 +14,7 @@ each token counts once.
 mmlu_dev (281 questions of MMLU's dev split; no MMLU score) and wordnet (definition to category; see
 --wordnet). With --include come yours: a folder with task files as lm-eval reads them. Its built-in
 tasks fetch their data sets. Read a value against chance and its standard error. acc takes the
-likeliest choice, acc_norm the likeliest a letter, acc_mutual_info the one that the question makes
+likeliest choice, acc_norm the likeliest per letter, acc_mutual_info the one that the question makes
 likelier the most, which suits small models.
 
 Contexts longer than --max-length lose their beginning.

@@ -30,11 +30,11 @@ def device_batch(rows: Rows, config: Config, mesh: Mesh) -> Rows:
     """
     context, extra = config.parallel.context, 1 + config.model.mtp_depth
     n_groups = mesh_spec(mesh).n_data_shards // context // process_batch_shard(mesh, context)[1]
-    part, n_parts = process_sequence_shard(mesh, context)
+    index, n_shards = process_sequence_shard(mesh, context)
 
     def put(x: np.ndarray) -> jax.Array:
         x = np.pad(x, ((0, -len(x) % n_groups), (0, 0)))
-        own = np.split(context_slices(x, context, extra), n_parts)[part]
+        own = np.split(context_slices(x, context, extra), n_shards)[index]
         return make_global_array(rearrange(own, "n (g b) w -> (g n b) w", g=n_groups), mesh, BATCH)
 
     return jax.tree.map(put, rows)
