@@ -1,7 +1,7 @@
 """The time of the five pipeline schedules on virtual devices, against its prediction.
 
-    python benchmarks/pipeline.py                        4 ranks, 8 micro-batches
-    python benchmarks/pipeline.py --p 8 --m 16 --unit 30
+    python -m benchmarks.pipeline                        4 ranks, 8 micro-batches
+    python -m benchmarks.pipeline --p 8 --m 16 --unit 30
 
 Every layer sleeps for the time that its work is taken to need, on its own device, so the measured
 time is that of the loop over ticks: which rank works when, and who waits for whom at the end of a
@@ -23,8 +23,9 @@ from rich.table import Table
 
 from sharding import pipeline
 from sharding.mesh import REPLICATED, make_mesh, manual_region, parse_mesh
-from sharding.schedules import NAMES, Costs, bubble, make, makespan, nearest_micro
-from sharding.ticks import lockstep, table_of
+from sharding.schedules import NAMES, Costs, make_schedule, nearest_n_micro
+from sharding.ticks import make_tick_table, table_time
+from tools.schedules import bubble, makespan
 
 
 def program(table, costs: Costs, unit: float):
@@ -47,30 +48,30 @@ def program(table, costs: Costs, unit: float):
         return jax.pure_callback(callback, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
     def forward(w, x, micro):
-        beside = doing and doing[-1] == "FB"
+        beside = doing and doing[-1] == "F_BW"
         return (x * w if beside else sleep(costs.f * unit, x * w)), (), ()
 
-    def backward(w, kept, d_y):
-        beside = doing and doing[-1] == "FB"
-        return sleep((costs.fb - costs.w if beside else costs.x) * unit, d_y * w), {}, (d_y,)
+    def backward(w, residuals, d_y):
+        beside = doing and doing[-1] == "F_BW"
+        return sleep((costs.f_bw - costs.w if beside else costs.b) * unit, d_y * w), {}, (d_y,)
 
-    def late(factors):
-        return {"w": sleep(costs.w * unit, factors[0]).sum()}
+    def wgrad(operands):
+        return {"w": sleep(costs.w * unit, operands[0]).sum()}
 
-    parts = pipeline.Parts(
-        first=lambda micro: micro,
+    stage_fns = pipeline.StageFns(
+        embed=lambda micro: micro,
         forward=forward,
-        last=lambda x, micro: (x, {}, ()),
+        head_and_loss=lambda x, micro: (x, {}, ()),
         backward=backward,
-        late=late,
-        first_backward=lambda d_x, micro: {},
-        join=lambda total, new: total,
+        wgrad=wgrad,
+        embed_backward=lambda d_x, micro: {},
+        add_aux=lambda total, new: total,
     )
     n_ranks, sizes = table.stages.n_ranks, [1] * table.stages.n_stages
     mesh = make_mesh(parse_mesh(f"pp{n_ranks}"), jax.devices()[:n_ranks])
 
     def shard(weights, micros):
-        return pipeline.run(table, sizes, parts, weights, micros).gradients
+        return pipeline.run_pipeline(table, sizes, stage_fns, weights, micros).layer_grads
 
     inputs = (jnp.ones(table.stages.n_chunks), jnp.ones((table.schedule.n_micro, 4)))
     pipeline._loop = loop
@@ -87,14 +88,14 @@ def measure(n_ranks: int, n_micro: int, unit: float, rounds: int):
     table = Table(title=f"{n_ranks} ranks, {n_micro} micro-batches, units of {1000 * unit:g} ms")
     for column in ("exchange", "schedule", "ideal", "bubble", "in ticks", "measured", "ratio"):
         table.add_column(column, justify="left" if column == "schedule" else "right")
-    names = [name for name in NAMES if nearest_micro(name, n_ranks, n_micro) == n_micro]
+    names = [name for name in NAMES if nearest_n_micro(name, n_ranks, n_micro) == n_micro]
     for exchange in (0.0, 1.0):
         runs = {}
         for name in names:
             half = 0.5 if name == "dualpipev" else 1.0
             alone = (1 + exchange) * half
             costs = Costs(alone, alone, half, 3 * half)
-            ticks = table_of(make(name, n_ranks, n_micro))
+            ticks = make_tick_table(make_schedule(name, n_ranks, n_micro))
             runs[name] = (ticks, costs, program(ticks, costs, unit), [])
         for _ in range(rounds):
             for _, _, run, seconds in runs.values():
@@ -102,7 +103,7 @@ def measure(n_ranks: int, n_micro: int, unit: float, rounds: int):
                 run()
                 seconds.append((time.perf_counter() - begin) / unit)
         for name, (ticks, costs, _, seconds) in runs.items():
-            wait, predicted = bubble(ticks.schedule, costs), lockstep(ticks, costs)
+            wait, predicted = bubble(ticks.schedule, costs), table_time(ticks, costs)
             found = statistics.median(seconds)
             ideal = makespan(ticks.schedule, costs)[0]
             figures = (f"{x:.1f}" for x in (ideal, wait, predicted, found))

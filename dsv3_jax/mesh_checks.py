@@ -5,7 +5,7 @@ import math
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.schedules import BatchSizes, with_batch
 from sharding.mesh import MeshSpec
-from sharding.schedules import nearest_micro
+from sharding.schedules import nearest_n_micro
 
 
 def check_mesh(config: Config, mesh: MeshSpec):
@@ -54,7 +54,7 @@ def schedule_obstacle(schedule: str, config: Config, mesh: MeshSpec) -> str | No
     stages_per_rank = 2 if schedule == "dualpipev" else 1
     n_stages = mesh.pp * stages_per_rank
     n_units = model.n_layers - model.n_dense + 2
-    needed_micro = nearest_micro(schedule, mesh.pp, n_micro)
+    needed_micro = nearest_n_micro(schedule, mesh.pp, n_micro)
     if needed_micro is None:
         return f"dualpipe needs an even number of stages, not pp={mesh.pp}"
     if n_units < n_stages:

@@ -1,17 +1,28 @@
-"""Pipeline parallelism as one loop: `lax.scan` over the ticks of any table (`sharding/ticks.py`).
+"""Pipeline parallelism as one loop: `lax.scan` over the ticks of any schedule.
 
-Each rank reads its own row of the table and runs its own layers: loops over the layers of a stage
-with as many turns as the rank has layers to run, none where it waits. So idle ranks compute
-nothing, stages may be uneven, and all ranks share one program. Forward and backward are written
-out: the loop is never differentiated. What F keeps for B, X for W, and what waits for a rank, lies
-in buffers whose places the table gives.
+**One program, many schedules.** A schedule is data: a table of int32 numbers [ticks, ranks, fields]
+(sharding/ticks.py), made ahead of time. The loop's body runs any row of it: receive, forward,
+backward for the input (B), backward for the weights (W), send. So GPipe, 1F1B, ZB1P, DualPipe and
+DualPipeV are five tables for one piece of code, and the compiler sees each layer a few times,
+however many micro-batches and stages there are.
 
-Where a rank has an F and a B to run, one turn of a loop runs a layer of each. They don't depend on
-each other, so a compiler lays the exchange of tokens of one beside the products of the other
-(report sec. 3.2.1): that is what DualPipe is for.
+**Trip counts instead of branches.** Inside a tick each kind of work is a `fori_loop` over the
+layers of a stage, whose trip count comes from the row: the rank's number of layers if it has such
+work, 0 if not. A rank that waits therefore computes nothing (a masked computation would cost as
+much as a real one), and stages may be uneven or empty, although all ranks run the same program.
 
-Everything here happens inside the manual region, on one device's shards; nothing knows what a layer
-is.
+**Forward and backward are written out.** The loop is never differentiated, since the order of
+forwards and backwards is what a schedule decides. F leaves residuals in a buffer, B takes them and
+leaves the operands of the weight gradients (its input and its output gradient) in another buffer,
+and W multiplies those when the schedule has time for it (report sec. 3.2.1). BW does both at once.
+The table says which entry of each buffer to use.
+
+**Side by side.** Where a rank has an F and a BW, one iteration of a loop runs a layer of each. They
+don't depend on each other, so a compiler lays the token exchange of one beside the matmuls of the
+other: that is the purpose of DualPipe.
+
+All of this runs inside the manual region, on one device's shards. It knows no model: `StageFns` are
+the functions of a stage.
 """
 
 from collections.abc import Callable
@@ -22,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sharding.ticks import FIELDS, Table
+from sharding.ticks import FIELDS, TickTable
 
 PyTree = Any
 Gradients = dict[str, jax.Array]
@@ -30,34 +41,46 @@ Gradients = dict[str, jax.Array]
 SCOPE = "pipeline_"  # starts the named scope of every part of a tick, for who reads the program
 
 
-class Parts(NamedTuple):
-    """What a micro-batch passes through, forwards and backwards; closed over shared weights.
+class StageFns(NamedTuple):
+    """The functions that a tick runs; they close over all weights but the layers'.
 
-    Gradients are dicts by the names of parameters, of which a function may have some or none. They
-    are summed over micro-batches in float32. `seen` is whatever else comes out, summed by `join`.
+    Gradients are dicts by parameter name, of which a function may return some or none. They are
+    summed over micro-batches in float32. `aux` is any further output, summed by `add_aux`.
+    "Shared" weights are those of embedding and head, of which each rank has a copy.
     """
 
-    first: Callable  # micro -> x
-    forward: Callable  # (weights, x, micro) -> (y, kept, seen)
-    last: Callable  # (x, micro) -> (d_x, gradients of shared weights, seen): at the end, both ways
-    backward: Callable  # (weights, kept, d_y) -> (d_x, gradients, late)
-    late: Callable  # late -> gradients: all that nobody waits for
-    first_backward: Callable  # (d_x, micro) -> gradients of shared weights
-    join: Callable  # (seen, seen) -> seen
+    embed: Callable
+    """micro -> x: the input of the first layer. In F, on the rank of the first stage."""
+    forward: Callable
+    """(weights, x, micro) -> (y, residuals, aux): one layer. In F, for each layer of the stage."""
+    head_and_loss: Callable
+    """(x, micro) -> (d_x, shared gradients, aux): both directions at once, from the last layer's
+    output to its gradient. Before B or BW, on the rank of the last stage."""
+    backward: Callable
+    """(weights, residuals, d_y) -> (d_x, gradients, operands): one layer's B. In B and BW.
+    `gradients` has those weights whose gradient is not deferred."""
+    wgrad: Callable
+    """operands -> gradients: one layer's W. In W, and in BW right after `backward`."""
+    embed_backward: Callable
+    """(d_x, micro) -> shared gradients: after B or BW, on the rank of the first stage."""
+    add_aux: Callable
+    """(aux, aux) -> aux: of two micro-batches, or of nothing (zeros) and one."""
 
 
-class Result(NamedTuple):
-    """Sums over all micro-batches of what a rank has worked on."""
+class PipelineResult(NamedTuple):
+    """Sums over all micro-batches that a rank has worked on."""
 
-    gradients: Gradients  # [S ...], of the layers of the rank
-    shared: Gradients
-    seen: PyTree  # [S ...], of the same
-    seen_last: PyTree
+    layer_grads: Gradients  # [S ...], of the layers of the rank
+    shared_grads: Gradients
+    aux: PyTree  # [S ...], of the layers of the rank
+    head_aux: PyTree
 
 
-def layers_of(table: Table, sizes: list[int]) -> np.ndarray:
-    """Layers [ranks chunks most] of all stages of these sizes; past the last one where there are
-    fewer than in the largest stage."""
+def layers_of_ranks(table: TickTable, sizes: list[int]) -> np.ndarray:
+    """Return the layers [ranks chunks largest_size] of the stages that each rank holds.
+
+    Where a stage is smaller than the largest, the number is that of no layer: sum(sizes).
+    """
     stages, first = table.stages, np.cumsum([0, *sizes])
     layers = np.full((stages.n_ranks, stages.n_chunks, max(sizes)), sum(sizes))
     for rank in range(stages.n_ranks):
@@ -67,13 +90,13 @@ def layers_of(table: Table, sizes: list[int]) -> np.ndarray:
     return layers
 
 
-def turns(table: Table, sizes: list[int]) -> dict[str, np.ndarray]:
-    """How often each part of a tick runs [ticks ranks], by the name that it has in the program.
+def trip_counts(table: TickTable, sizes: list[int]) -> dict[str, np.ndarray]:
+    """Return how often each part of a tick runs [ticks ranks], by its name in the program.
 
-    Layers: "FB" of an F and a B side by side, "F", "B", "X" and "W" by themselves; and `first`,
-    `last` and `first_backward` of `Parts`.
+    Loops over layers are "F_BW" for an F and a BW side by side, and "F", "BW", "B" and "W" by
+    themselves. The other parts are `embed`, `head_and_loss` and `embed_backward` of `StageFns`.
     """
-    stages, q = table.stages, {name: table.field(name) for name in FIELDS}
+    stages, row = table.stages, {name: table.field(name) for name in FIELDS}
     ranks = np.arange(stages.n_ranks)[None, :]
     held = np.array(
         [
@@ -81,260 +104,292 @@ def turns(table: Table, sizes: list[int]) -> dict[str, np.ndarray]:
             for rank in range(stages.n_ranks)
         ]
     )
-    n_f = held[ranks, q["f_chunk"]] * q["f_on"]
-    n_b = held[ranks, q["b_chunk"]] * q["b_on"]
-    both = np.minimum(n_f, n_b) * q["fused"]
+    n_f = held[ranks, row["f_chunk"]] * row["f_on"]
+    n_b = held[ranks, row["b_chunk"]] * row["b_on"]
+    both = np.minimum(n_f, n_b) * row["fused"]
     return {
-        "FB": both,
+        "F_BW": both,
         "F": n_f - both,
-        "B": n_b * (1 - q["b_split"]) - both,
-        "X": n_b * q["b_split"],
-        "W": held[ranks, q["w_chunk"]] * q["w_on"],
-        "first": q["f_on"] * q["f_first"],
-        "last": q["b_on"] * q["b_last"],
-        "first_backward": q["b_on"] * q["b_first"],
+        "BW": n_b * (1 - row["b_defers"]) - both,
+        "B": n_b * row["b_defers"],
+        "W": held[ranks, row["w_chunk"]] * row["w_on"],
+        "embed": row["f_on"] * row["f_first"],
+        "head_and_loss": row["b_on"] * row["b_last"],
+        "embed_backward": row["b_on"] * row["b_first"],
     }
 
 
-def run(table: Table, sizes: list[int], parts: Parts, weights, micros) -> Result:
-    """Forward and backward of all micro-batches.
+def run_pipeline(
+    table: TickTable, sizes: list[int], stage_fns: StageFns, weights, micros
+) -> PipelineResult:
+    """Run forward and backward of all micro-batches.
 
     Args:
         sizes: layers of every stage.
-        weights: [S ...] of the rank's layers as `layers_of` says, chunk by chunk; what stands past
-            the last layer of a stage is not looked at.
+        weights: [S ...] of the rank's layers in the order of `layers_of_ranks`, chunk by chunk;
+            what stands past the last layer of a stage is not read.
         micros: [M ...] input of every micro-batch, on all ranks.
     """
     rank = lax.axis_index("pp")
-    counts = (layers_of(table, sizes) < sum(sizes)).sum(-1)  # [ranks chunks]
-    at_all = frozenset(name for name, n in turns(table, sizes).items() if n.any())
+    counts = (layers_of_ranks(table, sizes) < sum(sizes)).sum(-1)  # [ranks chunks]
+    used_ops = frozenset(name for name, n in trip_counts(table, sizes).items() if n.any())
     count = jnp.asarray(counts, jnp.int32)[rank]
-    tick = _Tick(table, parts, weights, micros, count, max(sizes), at_all)
-    shapes = _shapes(parts, _at(weights, 0), _at(micros, 0))
+    tick = _Tick(table, stage_fns, weights, micros, count, max(sizes), used_ops)
+    shapes = _shapes(stage_fns, _at(weights, 0), _at(micros, 0))
     zeros = _zeros(shapes, table, jax.tree.leaves(weights)[0].shape[0], max(sizes))
-    c, _ = lax.scan(tick.run, zeros, jnp.asarray(table.rows)[:, rank])
-    return Result(c["total"], c["shared"], c["seen"], c["seen_last"])
+    carry, _ = lax.scan(tick.run, zeros, jnp.asarray(table.rows)[:, rank])
+    return PipelineResult(
+        carry["layer_grads"], carry["shared_grads"], carry["aux"], carry["head_aux"]
+    )
 
 
 class _Tick(NamedTuple):
-    """One turn of the loop: `c` is what it carries (`_zeros`), `q` the numbers of a row."""
+    """The body of the loop.
 
-    table: Table
-    parts: Parts
+    In its methods `c` is the carry, a dict of buffers and sums (see `_zeros`), which a tick
+    replaces entry by entry; `row` is the rank's row of the table by field.
+    """
+
+    table: TickTable
+    fns: StageFns
     weights: PyTree
     micros: PyTree
     count: jax.Array  # layers of each chunk of this rank
-    most: int  # of any stage
-    at_all: frozenset[str]  # parts that any rank ever runs
+    largest: int  # layers of the largest stage
+    used_ops: frozenset[str]  # parts that any rank ever runs
 
     def run(self, carry: dict, row: jax.Array) -> tuple[dict, None]:
-        q, c = dict(zip(FIELDS, row, strict=True)), dict(carry)
-        begun = self.late_weights(c, q)
-        x, d_y = self.layers(c, q, self.first(c, q), self.last(c, q), begun)
-        self.first_backward(c, q, d_y)
-        self.send(c, q, x, d_y)
+        row, c = dict(zip(FIELDS, row, strict=True)), dict(carry)
+        begun = self.wgrads(c, row)
+        x, d_y = self.layers(c, row, self.input_of_f(c, row), self.input_of_b(c, row), begun)
+        self.embed_backward(c, row, d_y)
+        self.send(c, row, x, d_y)
         return c, None
 
-    def late_weights(self, c: dict, q: dict) -> jax.Array:
-        """Runs W. Returns 0, but not before it is done: nothing else is to be sent before."""
-        if "W" not in self.at_all:
+    def wgrads(self, c: dict, row: dict) -> jax.Array:
+        """Run W. Returns 0 that depends on it: nothing is to be sent before W is done."""
+        if "W" not in self.used_ops:
             return jnp.int32(0)
 
         def body(i, v):
             total, done = v
-            late = self.tied(_at(c["late"], q["w_late"], i), i)
-            grads = self.parts.late(late)
-            return _add(total, grads, q["w_chunk"] * self.most + i), done + 1
+            operands = self.tied(_at(c["operands"], row["w_operands"], i), i)
+            grads = self.fns.wgrad(operands)
+            return _add(total, grads, row["w_chunk"] * self.largest + i), done + 1
 
-        n = jnp.where(q["w_on"] == 1, self.count[q["w_chunk"]], 0)
-        c["total"], done = _loop("W", 0, n, body, (c["total"], jnp.int32(0)))
+        n = jnp.where(row["w_on"] == 1, self.count[row["w_chunk"]], 0)
+        c["layer_grads"], done = _loop("W", 0, n, body, (c["layer_grads"], jnp.int32(0)))
         return done - n
 
-    def first(self, c: dict, q: dict) -> jax.Array:
-        """The input of F: what has arrived, or that of the first layer."""
-        micro = _at(self.micros, q["f_micro"])
+    def input_of_f(self, c: dict, row: dict) -> jax.Array:
+        """Return the arrived activations, or the embedding in the first stage."""
+        micro = _at(self.micros, row["f_micro"])
 
-        def enter(x):
-            return (self.parts.first(micro).astype(x.dtype),)
+        def embed(x):
+            return (self.fns.embed(micro).astype(x.dtype),)
 
-        enters = (q["f_on"] == 1) & (q["f_first"] == 1)
-        return _branch("first", enters, enter, _at(c["x"], q["f_in"]))[0]
+        wanted = (row["f_on"] == 1) & (row["f_first"] == 1)
+        return _branch("embed", wanted, embed, _at(c["x"], row["f_in"]))[0]
 
-    def last(self, c: dict, q: dict) -> jax.Array:
-        """The gradient that B begins with: what has arrived, or that of the last layer's output."""
-        micro = _at(self.micros, q["b_micro"])
+    def input_of_b(self, c: dict, row: dict) -> jax.Array:
+        """Return the arrived gradient, or that of the loss by the last layer's output."""
+        micro = _at(self.micros, row["b_micro"])
 
-        def turn(h, shared, seen):
-            d_h, grads, noticed = self.parts.last(h, micro)
-            return d_h.astype(h.dtype), _add(shared, grads), self.parts.join(seen, noticed)
+        def head_and_loss(h, shared_grads, head_aux):
+            d_h, grads, aux = self.fns.head_and_loss(h, micro)
+            return (
+                d_h.astype(h.dtype),
+                _add(shared_grads, grads),
+                self.fns.add_aux(head_aux, aux),
+            )
 
-        turns_back = (q["b_on"] == 1) & (q["b_last"] == 1)
-        v = (_at(c["g"], q["b_in"]), c["shared"], c["seen_last"])
-        d_y, c["shared"], c["seen_last"] = _branch("last", turns_back, turn, *v)
+        wanted = (row["b_on"] == 1) & (row["b_last"] == 1)
+        v = (_at(c["g"], row["b_in"]), c["shared_grads"], c["head_aux"])
+        d_y, c["shared_grads"], c["head_aux"] = _branch("head_and_loss", wanted, head_and_loss, *v)
         return d_y
 
-    def layers(self, c: dict, q: dict, x, d_y, begun) -> tuple[jax.Array, jax.Array]:
-        """x through the layers of F and d_y back through those of B or X, side by side if so."""
-        n_f = jnp.where(q["f_on"] == 1, self.count[q["f_chunk"]], 0)
-        n_b = jnp.where(q["b_on"] == 1, self.count[q["b_chunk"]], 0)
-        n_whole = jnp.where(q["b_split"] == 1, 0, n_b)
+    def layers(self, c: dict, row: dict, x, d_y, begun) -> tuple[jax.Array, jax.Array]:
+        """Take x through the layers of F and d_y back through those of B or BW."""
+        n_f = jnp.where(row["f_on"] == 1, self.count[row["f_chunk"]], 0)
+        n_b = jnp.where(row["b_on"] == 1, self.count[row["b_chunk"]], 0)
+        n_bw = jnp.where(row["b_defers"] == 1, 0, n_b)
         both = begun
 
         def side_by_side(i, v):
-            x, d_y, kept, seen, total = v
-            saved, kept = self.read(q, kept, i)
-            d_y, total = self.whole(q, saved, i, d_y, total)
-            x, kept, seen = self.forward(q, i, x, kept, seen)
-            return x, d_y, kept, seen, total
+            x, d_y, buffer, aux, total = v
+            residuals, buffer = self.read(row, buffer, i)
+            d_y, total = self.backward_with_wgrad(row, residuals, i, d_y, total)
+            x, buffer, aux = self.forward(row, i, x, buffer, aux)
+            return x, d_y, buffer, aux, total
 
-        if "FB" in self.at_all:
-            both = begun + jnp.where(q["fused"] == 1, jnp.minimum(n_f, n_whole), 0)
-            v = (x, d_y, c["kept"], c["seen"], c["total"])
-            x, d_y, c["kept"], c["seen"], c["total"] = _loop("FB", begun, both, side_by_side, v)
-        v = (x, c["kept"], c["seen"])
-        x, c["kept"], c["seen"] = _loop("F", both, n_f, lambda i, v: self.forward(q, i, *v), v)
-        if "B" in self.at_all:
-            d_y, c["total"] = _loop(
+        def bw(i, v):
+            residuals, _ = self.read(row, c["residuals"], i)
+            return self.backward_with_wgrad(row, residuals, i, *v)
+
+        if "F_BW" in self.used_ops:
+            both = begun + jnp.where(row["fused"] == 1, jnp.minimum(n_f, n_bw), 0)
+            v = (x, d_y, c["residuals"], c["aux"], c["layer_grads"])
+            v = _loop("F_BW", begun, both, side_by_side, v)
+            x, d_y, c["residuals"], c["aux"], c["layer_grads"] = v
+        v = (x, c["residuals"], c["aux"])
+        v = _loop("F", both, n_f, lambda i, v: self.forward(row, i, *v), v)
+        x, c["residuals"], c["aux"] = v
+        if "BW" in self.used_ops:
+            d_y, c["layer_grads"] = _loop("BW", both, n_bw, bw, (d_y, c["layer_grads"]))
+        if "B" in self.used_ops:
+            v = (d_y, c["operands"], c["layer_grads"])
+            d_y, c["operands"], c["layer_grads"] = _loop(
                 "B",
-                both,
-                n_whole,
-                lambda i, v: self.whole(q, self.read(q, c["kept"], i)[0], i, *v),
-                (d_y, c["total"]),
-            )
-        if "X" in self.at_all:
-            v = (d_y, c["late"], c["total"])
-            d_y, c["late"], c["total"] = _loop(
-                "X", begun, n_b - n_whole, lambda i, v: self.inputs(q, c["kept"], i, *v), v
+                begun,
+                n_b - n_bw,
+                lambda i, v: self.backward_deferring(row, c["residuals"], i, *v),
+                v,
             )
         return x, d_y
 
-    def forward(self, q: dict, i, x, kept, seen):
-        layer = q["f_chunk"] * self.most + i
-        micro = _at(self.micros, q["f_micro"])
-        y, saved, noticed = self.parts.forward(_at(self.weights, layer), x, micro)
-        total = self.parts.join(_at(seen, layer), noticed)
-        return y, _put(kept, saved, q["f_kept"], i), _put(seen, total, layer)
+    def forward(self, row: dict, i, x, buffer, aux):
+        """Run layer i of F; `buffer` receives its residuals."""
+        layer = row["f_chunk"] * self.largest + i
+        micro = _at(self.micros, row["f_micro"])
+        y, residuals, new = self.fns.forward(_at(self.weights, layer), x, micro)
+        total = self.fns.add_aux(_at(aux, layer), new)
+        return y, _put(buffer, residuals, row["f_residuals"], i), _put(aux, total, layer)
 
-    def read(self, q: dict, kept, i):
-        """What the last layer but i has kept, and all, to which may be written now."""
-        inner = self.count[q["b_chunk"]] - 1 - i
-        return lax.optimization_barrier((_at(kept, q["b_kept"], inner), kept))
+    def read(self, row: dict, buffer, i):
+        """Return the residuals of layer i from the end, and the buffer, free to be written now."""
+        inner = self.count[row["b_chunk"]] - 1 - i
+        return lax.optimization_barrier((_at(buffer, row["b_residuals"], inner), buffer))
 
     def tied(self, tree, i):
-        """The same, but different in every turn of a loop, for all that a compiler knows.
+        """Return the same, made to depend on the iteration for all that a compiler knows.
 
-        Work that is the same in all turns is moved out of a loop, and would run in every tick. With
-        more than one layer in a stage, what is read differs from turn to turn.
+        Work that is the same in all iterations is moved out of a loop, and would run in every tick.
+        With several layers per stage, what is read differs from iteration to iteration anyway.
         """
-        if self.most > 1:
+        if self.largest > 1:
             return tree
         return jax.tree.map(lambda x: jnp.where(i < 0, jnp.zeros_like(x), x), tree)
 
-    def backward(self, q: dict, saved, i, d_y, total):
-        """Of the last layer but i: gradient of its input, `total` with those that come at once,
-        what those of its products need, number within its stage, and among the rank's layers."""
-        inner = self.count[q["b_chunk"]] - 1 - i
-        layer = q["b_chunk"] * self.most + inner
-        d_x, grads, late = self.parts.backward(_at(self.weights, layer), self.tied(saved, i), d_y)
-        return d_x, _add(total, grads, layer), late, inner, layer
+    def backward(self, row: dict, residuals, i, d_y, total):
+        """Run B of layer i from the end.
 
-    def whole(self, q: dict, saved, i, d_y, total):
-        """B: with all gradients of the weights."""
-        d_x, total, late, _, layer = self.backward(q, saved, i, d_y, total)
-        return d_x, _add(total, self.parts.late(late), layer)
+        Returns:
+            d_x, `total` with the gradients that are not deferred, the wgrad operands, and the
+            layer's number in its stage and among the rank's layers.
+        """
+        inner = self.count[row["b_chunk"]] - 1 - i
+        layer = row["b_chunk"] * self.largest + inner
+        residuals = self.tied(residuals, i)
+        d_x, grads, operands = self.fns.backward(_at(self.weights, layer), residuals, d_y)
+        return d_x, _add(total, grads, layer), operands, inner, layer
 
-    def inputs(self, q: dict, kept, i, d_y, lates, total):
-        """X: those of products wait."""
-        saved, _ = self.read(q, kept, i)
-        d_x, total, late, inner, _ = self.backward(q, saved, i, d_y, total)
-        return d_x, _put(lates, late, q["b_late"], inner), total
+    def backward_with_wgrad(self, row: dict, residuals, i, d_y, total):
+        """Run BW of layer i from the end."""
+        d_x, total, operands, _, layer = self.backward(row, residuals, i, d_y, total)
+        return d_x, _add(total, self.fns.wgrad(operands), layer)
 
-    def first_backward(self, c: dict, q: dict, d_x: jax.Array):
-        micro = _at(self.micros, q["b_micro"])
+    def backward_deferring(self, row: dict, buffer, i, d_y, operands, total):
+        """Run B of layer i from the end, and keep the operands for W."""
+        residuals, _ = self.read(row, buffer, i)
+        d_x, total, new, inner, _ = self.backward(row, residuals, i, d_y, total)
+        return d_x, _put(operands, new, row["b_operands"], inner), total
 
-        def leave(shared):
-            return (_add(shared, self.parts.first_backward(d_x, micro)),)
+    def embed_backward(self, c: dict, row: dict, d_x: jax.Array):
+        micro = _at(self.micros, row["b_micro"])
 
-        leaves = (q["b_on"] == 1) & (q["b_first"] == 1)
-        (c["shared"],) = _branch("first_backward", leaves, leave, c["shared"])
+        def embed_backward(shared_grads):
+            return (_add(shared_grads, self.fns.embed_backward(d_x, micro)),)
 
-    def send(self, c: dict, q: dict, x: jax.Array, d_y: jax.Array):
-        """Put what arrives at the end of the tick where it waits."""
-        arrived = _exchange(self.table, x, d_y) | {"x_self": x, "g_self": d_y, "g_end": x}
-        for name, what in arrived.items():
-            if self.table.used(name):
-                waiting = c[name[0]]
-                place = jnp.where(q[name] < 0, waiting.shape[0] - 1, q[name])
-                c[name[0]] = lax.dynamic_update_index_in_dim(waiting, what, place, 0)
+        wanted = (row["b_on"] == 1) & (row["b_first"] == 1)
+        (c["shared_grads"],) = _branch("embed_backward", wanted, embed_backward, c["shared_grads"])
+
+    def send(self, c: dict, row: dict, x: jax.Array, d_y: jax.Array):
+        """Put what arrives at the end of the tick into the buffers where it waits."""
+        arrivals = _exchange(self.table, x, d_y) | {"x_self": x, "g_self": d_y, "g_end": x}
+        for name, value in arrivals.items():
+            if self.table.arrives(name):
+                buffer = c[name[0]]
+                entry = jnp.where(row[name] < 0, buffer.shape[0] - 1, row[name])
+                c[name[0]] = lax.dynamic_update_index_in_dim(buffer, value, entry, 0)
 
 
 def _loop(name: str, start, stop, body: Callable, carry):
-    """`fori_loop` under the name that `turns` has for it."""
+    """Run a `fori_loop` under the name that `trip_counts` has for it."""
     with jax.named_scope(SCOPE + name):
         return lax.fori_loop(start, stop, body, carry)
 
 
 def _branch(name: str, wanted: jax.Array, fn: Callable, *carry) -> tuple:
-    """fn(*carry) if it is wanted, else the carry, under the name that `turns` has for it."""
+    """Return fn(*carry) if wanted, else the carry, under the name that `trip_counts` has for it."""
     with jax.named_scope(SCOPE + name):
         return lax.cond(wanted, fn, lambda *carry: carry, *carry)
 
 
-def _exchange(table: Table, x: jax.Array, d_y: jax.Array) -> dict[str, jax.Array]:
-    """What the ranks before and after have sent, in one message each."""
+def _exchange(table: TickTable, x: jax.Array, d_y: jax.Array) -> dict[str, jax.Array]:
+    """Return what the ranks before and after have sent, each in one message."""
     n_ranks, arrived = table.stages.n_ranks, {}
     shifts = {"down": 1, "up": -1}
-    for way, shift in shifts.items():
-        names = [kind for kind in ("x", "g") if table.used(f"{kind}_{way}")]
+    for direction, shift in shifts.items():
+        names = [kind for kind in ("x", "g") if table.arrives(f"{kind}_{direction}")]
         pairs = [(r, r + shift) for r in range(n_ranks) if 0 <= r + shift < n_ranks]
         message = jnp.stack([x, d_y])  # of both, so that it leaves when all is done
         if names:
             message = lax.ppermute(message, "pp", pairs)
-        arrived |= {f"{kind}_{way}": message["xg".index(kind)] for kind in names}
+        arrived |= {f"{kind}_{direction}": message["xg".index(kind)] for kind in names}
     return arrived
 
 
-def _shapes(parts: Parts, weights, micro) -> dict:
-    """Shapes of all that the loop carries, for one layer or micro-batch."""
+def _shapes(fns: StageFns, weights, micro) -> dict:
+    """Return the shapes of all that the loop carries, for one layer or micro-batch."""
 
     def trace(weights, micro):
-        x = parts.first(micro)
-        y, kept, seen = parts.forward(weights, x, micro)
+        x = fns.embed(micro)
+        y, residuals, aux = fns.forward(weights, x, micro)
         if (y.shape, y.dtype) != (x.shape, x.dtype):
             raise TypeError(
                 f"a layer must keep shape and type of its input: {x.shape} {x.dtype} became "
                 f"{y.shape} {y.dtype}"
             )
-        d_x, shared, seen_last = parts.last(y, micro)
-        d_x, grads, late = parts.backward(weights, kept, d_x.astype(x.dtype))
-        shared = parts.first_backward(d_x, micro) | shared
-        total = grads | parts.late(late)
-        names = ("x", "kept", "seen", "seen_last", "late", "shared", "total")
-        return dict(zip(names, (x, kept, seen, seen_last, late, shared, total), strict=True))
+        d_x, shared_grads, head_aux = fns.head_and_loss(y, micro)
+        d_x, grads, operands = fns.backward(weights, residuals, d_x.astype(x.dtype))
+        return {
+            "x": x,
+            "residuals": residuals,
+            "operands": operands,
+            "aux": aux,
+            "head_aux": head_aux,
+            "layer_grads": grads | fns.wgrad(operands),
+            "shared_grads": fns.embed_backward(d_x, micro) | shared_grads,
+        }
 
     return jax.eval_shape(trace, weights, micro)
 
 
-def _zeros(shapes: dict, table: Table, n_layers: int, most: int) -> dict:
-    """What the loop begins with; `x` and `g` have a place more, for what nobody wants."""
+def _zeros(shapes: dict, table: TickTable, n_layers: int, largest: int) -> dict:
+    """Return the carry that the loop begins with.
+
+    The buffers `x` and `g` have an entry more, for arrivals that nobody wants.
+    """
 
     def zeros(tree, *lead, dtype=None):
         return jax.tree.map(lambda s: jnp.zeros((*lead, *s.shape), dtype or s.dtype), tree)
 
-    late = {"late": zeros(shapes["late"], table.n_late, most)} if table.n_late else {}
-    return late | {
+    carry = {
         "x": zeros(shapes["x"], table.n_x + 1),
         "g": zeros(shapes["x"], table.n_g + 1),
-        "kept": zeros(shapes["kept"], table.n_kept, most),
-        "seen": zeros(shapes["seen"], n_layers),
-        "seen_last": zeros(shapes["seen_last"]),
-        "total": zeros(shapes["total"], n_layers, dtype=jnp.float32),
-        "shared": zeros(shapes["shared"], dtype=jnp.float32),
+        "residuals": zeros(shapes["residuals"], table.n_residuals, largest),
+        "aux": zeros(shapes["aux"], n_layers),
+        "head_aux": zeros(shapes["head_aux"]),
+        "layer_grads": zeros(shapes["layer_grads"], n_layers, dtype=jnp.float32),
+        "shared_grads": zeros(shapes["shared_grads"], dtype=jnp.float32),
     }
+    if table.n_operands:
+        carry["operands"] = zeros(shapes["operands"], table.n_operands, largest)
+    return carry
 
 
 def _at(tree, *index):
-    """The entries at these first dims of all arrays."""
+    """Return the entries at these leading indices of all arrays."""
 
     def one(a: jax.Array) -> jax.Array:
         sizes = (1,) * len(index) + a.shape[len(index) :]
@@ -345,7 +400,7 @@ def _at(tree, *index):
 
 
 def _put(tree, values, *index):
-    """The inverse of `_at`: all arrays with these entries in their places."""
+    """Return all arrays with these entries at these leading indices."""
 
     def one(a: jax.Array, value) -> jax.Array:
         value = jnp.asarray(value, a.dtype).reshape((1,) * len(index) + value.shape)
@@ -355,10 +410,10 @@ def _put(tree, values, *index):
 
 
 def _add(total: Gradients, grads: Gradients, *index) -> Gradients:
-    """Gradients added to those of the same names, at these first dims."""
+    """Add gradients in float32 to those of the same names, at these leading indices."""
     new = {}
     for name, grad in grads.items():
-        wide = grad.astype(jnp.float32)
+        grad = grad.astype(jnp.float32)
         old = _at(total[name], *index) if index else total[name]
-        new[name] = _put(total[name], old + wide, *index) if index else old + wide
+        new[name] = _put(total[name], old + grad, *index) if index else old + grad
     return total | new

@@ -204,14 +204,13 @@ def test_presets_import_the_config_only():
 
 
 def test_sharding_needs_arrays_only():
-    """JAX, NumPy and what types and rearranges arrays; what draws schedules also matplotlib."""
+    """JAX, NumPy, and what types and rearranges arrays."""
     allowed = {"jax", "numpy", "jaxtyping", "einops", "sharding", *sys.stdlib_module_names}
     violations = [
         f"{place(path, node)}: imports {module}"
         for path in files("sharding")
         for node, module in imports(path)
         if module.split(".")[0] not in allowed
-        and (path.stem, module.split(".")[0]) != ("gantt", "matplotlib")
     ]
     fail_with(violations)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from reference.cases import assert_close
 
-from dsv3_jax.layer_scan import scan, scan_ahead, stack
+from dsv3_jax.layer_scan import scan, scan_prefetch, stack
 from dsv3_jax.model.layers import Linear
 from dsv3_jax.params import param_specs
 from sharding.collectives import psum_data
@@ -27,11 +27,11 @@ class Toy(nnx.Module):
         self.down = Linear(HIDDEN, WIDTH, ("mlp", "embed"), 0.3, rngs=rngs)
 
 
-def step(layer, x, between=None):
+def step(layer, x, overlap_barrier=None):
     """One layer; what it saw: a number with a gradient, and one without."""
     hidden = checkpoint_name(jnp.tanh(layer.up(x)), "ffn_hidden")
-    if between is not None:
-        hidden = between(hidden)
+    if overlap_barrier is not None:
+        hidden = overlap_barrier(hidden)
     x = x + layer.down(hidden)
     return x, {"mean": jnp.square(x).mean(), "count": (x > 0).sum()}
 
@@ -72,7 +72,7 @@ def inputs() -> np.ndarray:
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("remat", ["full", "report", "none"])
 def test_gathering_ahead_changes_nothing(remat, n):
-    ahead, params = program(scan_ahead, n, remat)
+    ahead, params = program(scan_prefetch, n, remat)
     plain, _ = program(functools.partial(scan, xs=None), n, "none")
     got, want = ahead(params, inputs()), plain(params, inputs())
     np.testing.assert_array_equal(got[1], want[1])
@@ -97,7 +97,7 @@ def stacked_shapes(jaxpr, n: int):
 def test_no_gathered_weight_is_saved(remat):
     """Each loop leaves what the policy keeps, once a layer, and no whole weight."""
     n = 7
-    run, params = program(scan_ahead, n, remat)
+    run, params = program(scan_prefetch, n, remat)
     shapes = set(stacked_shapes(jax.make_jaxpr(run)(params, inputs()).jaxpr, n))
     assert (n, 1, WIDTH) in shapes  # the input of each layer: the search does find what is saved
     assert ((n, 1, HIDDEN) in shapes) == (remat == "report")

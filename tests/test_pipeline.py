@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.aot import hlo, pipeline
 from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
-from sharding.pipeline import Parts, layers_of, run, turns
-from sharding.schedules import NAMES, make
-from sharding.ticks import table_of
+from sharding.pipeline import StageFns, layers_of_ranks, run_pipeline, trip_counts
+from sharding.schedules import NAMES, make_schedule
+from sharding.ticks import make_tick_table
 
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 N_LAYERS, WIDTH, HIDDEN, VOCAB, ROWS, LENGTH = 9, 8, 12, 16, 4, 6
@@ -53,41 +53,45 @@ def loss(table, x, labels):
     return (jax.nn.logsumexp(logits, -1) - picked).sum()
 
 
-def parts_of(shared, swap) -> Parts:
+def stage_fns_of(shared, swap) -> StageFns:
     def forward(w, x, micro):
         h = jnp.tanh((x * w["scale"][None, None]) @ w["up"])
-        y, seen = layer(w, x, swap)
-        return y, (x, h), seen
+        y, aux = layer(w, x, swap)
+        return y, (x, h), aux
 
-    def backward(w, kept, d_y):
-        x, h = kept
+    def backward(w, residuals, d_y):
+        x, h = residuals
         squared = shuffle(h, swap) ** 2
         d_h = shuffle(shuffle(d_y @ w["down"].T, swap) * 2 * shuffle(h, swap), swap)
         d_h = d_h * (1 - h**2)
         d_scaled = d_h @ w["up"].T
-        late = (x * w["scale"][None, None], d_h, shuffle(squared, swap), d_y)
-        return d_y + d_scaled * w["scale"][None, None], {"scale": (d_scaled * x).sum((0, 1))}, late
+        operands = (x * w["scale"][None, None], d_h, shuffle(squared, swap), d_y)
+        return (
+            d_y + d_scaled * w["scale"][None, None],
+            {"scale": (d_scaled * x).sum((0, 1))},
+            operands,
+        )
 
-    def late(late):
-        scaled, d_h, squared, d_y = late
+    def wgrad(operands):
+        scaled, d_h, squared, d_y = operands
         return {
             "up": jnp.einsum("btd,btf->df", scaled, d_h),
             "down": jnp.einsum("btf,btd->fd", squared, d_y),
         }
 
-    def last(x, micro):
+    def head_and_loss(x, micro):
         fn = jax.value_and_grad(loss, (0, 1))
         value, (d_table, d_x) = fn(shared["table"], x, micro[:, 1:])
         return d_x, {"table": d_table}, {"loss": value}
 
-    def first(micro):
+    def embed(micro):
         return shared["table"][micro[:, :-1]]
 
-    def first_backward(d_x, micro):
+    def embed_backward(d_x, micro):
         return {"table": jnp.zeros((VOCAB, WIDTH)).at[micro[:, :-1]].add(d_x)}
 
     add = functools.partial(jax.tree.map, jnp.add)
-    return Parts(first, forward, last, backward, late, first_backward, add)
+    return StageFns(embed, forward, head_and_loss, backward, wgrad, embed_backward, add)
 
 
 def sizes_of(n_stages: int) -> list[int]:
@@ -101,25 +105,27 @@ def sizes_of(n_stages: int) -> list[int]:
 @functools.cache
 def program(name: str, n_ranks: int, n_micro: int, ep: int = 1):
     """The compiled step, of whole weights, and its table."""
-    table = table_of(make(name, n_ranks, n_micro))
+    table = make_tick_table(make_schedule(name, n_ranks, n_micro))
     sizes = sizes_of(table.stages.n_stages)
     mesh = make_mesh(parse_mesh(f"pp{n_ranks},ep{ep}"), jax.devices()[: n_ranks * ep])
     return jax.jit(functools.partial(step, table, sizes, mesh)), table
 
 
 def step(table, sizes, mesh, layers, shared, micros):
-    where = layers_of(table, sizes).reshape(table.stages.n_ranks, -1)
+    where = layers_of_ranks(table, sizes).reshape(table.stages.n_ranks, -1)
 
     def shard(layers, shared, micros):
         mine = jnp.asarray(where)[lax.axis_index("pp")]
         weights = jax.tree.map(lambda a: a.at[mine].get(mode="fill", fill_value=jnp.nan), layers)
-        result = run(table, sizes, parts_of(shared, mesh.shape["rank"] > 1), weights, micros)
+        result = run_pipeline(
+            table, sizes, stage_fns_of(shared, mesh.shape["rank"] > 1), weights, micros
+        )
 
         def home(a):
             return jnp.zeros((N_LAYERS, *a.shape[1:]), a.dtype).at[mine].add(a, mode="drop")
 
-        whole = (jax.tree.map(home, result.gradients), result.shared)
-        return lax.psum((result.seen_last, jax.tree.map(home, result.seen), *whole), ("pp", "rank"))
+        whole = (jax.tree.map(home, result.layer_grads), result.shared_grads)
+        return lax.psum((result.head_aux, jax.tree.map(home, result.aux), *whole), ("pp", "rank"))
 
     batch = PartitionSpec(None, *BATCH)
     specs = (PartitionSpec(), PartitionSpec(), batch)
@@ -173,34 +179,37 @@ def test_equals_the_plain_program_in_more_shapes(name, n_ranks, n_micro, ep):
     assert_equals_plain(fn(*numbers(), tokens(n_micro)), n_micro, ep)
 
 
-def test_late_weights_change_nothing():
-    table = table_of(make("dualpipe", 4, 8, n_late=0))
+def test_deferring_no_wgrad_changes_nothing():
+    table = make_tick_table(make_schedule("dualpipe", 4, 8, max_deferred_wgrads=0))
     mesh = make_mesh(parse_mesh("pp4"), jax.devices()[:4])
     found = jax.jit(functools.partial(step, table, sizes_of(4), mesh))(*numbers(), tokens(8))
-    assert table.n_late == 0
+    assert table.n_operands == 0
     assert_equals_plain(found, 8, 1)
 
 
-def test_turns_are_those_of_all_layers():
+def test_trip_counts_are_those_of_all_layers():
     """Every micro-batch passes every layer once each way, in whatever way."""
     for name in NAMES:
-        table = table_of(make(name, 2, 6))
+        table = make_tick_table(make_schedule(name, 2, 6))
         sizes = sizes_of(table.stages.n_stages)
-        count = {part: n.sum() for part, n in turns(table, sizes).items()}
-        assert count["FB"] + count["F"] == 6 * N_LAYERS
-        assert count["FB"] + count["B"] + count["X"] == 6 * N_LAYERS
-        assert count["W"] == count["X"]
-        assert count["first"] == count["last"] == count["first_backward"] == 6
+        count = {part: n.sum() for part, n in trip_counts(table, sizes).items()}
+        assert count["F_BW"] + count["F"] == 6 * N_LAYERS
+        assert count["F_BW"] + count["BW"] + count["B"] == 6 * N_LAYERS
+        assert count["W"] == count["B"]
+        assert count["embed"] == count["head_and_loss"] == count["embed_backward"] == 6
 
 
 def test_a_layer_must_keep_its_shape():
-    parts = parts_of({"table": jnp.ones((VOCAB, WIDTH))}, False)
-    wider = parts._replace(forward=lambda w, x, micro: (jnp.concatenate([x, x]), (), {}))
-    table, mesh = table_of(make("gpipe", 2, 2)), make_mesh(parse_mesh("pp2"), jax.devices()[:2])
+    stage_fns = stage_fns_of({"table": jnp.ones((VOCAB, WIDTH))}, False)
+    wider = stage_fns._replace(forward=lambda w, x, micro: (jnp.concatenate([x, x]), (), {}))
+    table, mesh = (
+        make_tick_table(make_schedule("gpipe", 2, 2)),
+        make_mesh(parse_mesh("pp2"), jax.devices()[:2]),
+    )
     layers = jax.tree.map(lambda a: a[:5], numbers()[0])
 
     def shard(layers, micros):
-        return run(table, [5, 4], wider, layers, micros).seen_last
+        return run_pipeline(table, [5, 4], wider, layers, micros).head_aux
 
     with pytest.raises(TypeError, match="must keep shape and type"):
         jax.eval_shape(
@@ -212,12 +221,15 @@ def test_a_layer_must_keep_its_shape():
 @pytest.mark.parametrize("name", ["zb1p", "dualpipe"])
 def test_idle_ranks_compute_nothing(name, sizes):
     """In the optimized program all products stand in loops and branches of their own."""
-    table, mesh = table_of(make(name, 4, 8)), make_mesh(parse_mesh("pp4"), jax.devices()[:4])
+    table, mesh = (
+        make_tick_table(make_schedule(name, 4, 8)),
+        make_mesh(parse_mesh("pp4"), jax.devices()[:4]),
+    )
     program = jax.jit(functools.partial(step, table, sizes, mesh))
     module = hlo.parse(program.lower(*numbers(), tokens(8)).compile(OPTIMIZED).as_text())
     parts = pipeline.tick_parts(module)
-    assert set(parts) == {part for part, n in turns(table, sizes).items() if n.any()}
-    ends = ("first", "last", "first_backward")
+    assert set(parts) == {part for part, n in trip_counts(table, sizes).items() if n.any()}
+    ends = ("embed", "head_and_loss", "embed_backward")
     for part, instruction in parts.items():
         assert instruction.opcode == ("conditional" if part in ends else "while"), part
     found = [*where_products_run(module, module.entry, ())]

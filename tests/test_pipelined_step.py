@@ -14,7 +14,7 @@ from dsv3_jax.config_cli import override
 from dsv3_jax.losses import Batch
 from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.params import param_specs
-from dsv3_jax.pipeline_plan import pipeline_of, stage_sizes
+from dsv3_jax.pipeline_plan import make_pipeline, stage_sizes
 from dsv3_jax.training.state import make_layout
 from sharding.mesh import parse_mesh
 
@@ -114,9 +114,9 @@ def test_auto_takes_what_the_run_allows():
     found = {}
     for n_rows in (4, 16):
         config = override(config, f"train.batch={n_rows}")
-        found[n_rows] = pipeline_of(config, parse_mesh("pp4")).table.schedule.name
+        found[n_rows] = make_pipeline(config, parse_mesh("pp4")).table.schedule.name
     assert found[4] == "zb1p" and found[16] in ("dualpipe", "dualpipev")
-    assert pipeline_of(config, parse_mesh("pp3")).table.schedule.name == "dualpipev"
+    assert make_pipeline(config, parse_mesh("pp3")).table.schedule.name == "dualpipev"
 
 
 def test_stage_sizes():

@@ -20,7 +20,7 @@ from dsv3_jax import hardware
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.interconnect import lay_out
-from dsv3_jax.layer_scan import kept_by
+from dsv3_jax.layer_scan import apply_remat
 from dsv3_jax.model.deepseek import abstract_model, token_positions
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
@@ -125,7 +125,7 @@ def traced_bytes(config: Config, mesh: MeshSpec, moe: bool) -> int:
             return nnx.merge(graphdef, weights, rest)(x, positions, layout)[0]
 
         x = jnp.zeros((1, config.train.seq_len, config.model.width), policy.compute)
-        _, pull = jax.vjp(kept_by(layer, config.parallel.remat), weights, x)
+        _, pull = jax.vjp(apply_remat(layer, config.parallel.remat), weights, x)
         known = {id(leaf) for leaf in jax.tree.leaves((weights, rest))}
         residuals.extend(leaf for leaf in jax.tree.leaves(pull) if id(leaf) not in known)
         return jnp.zeros(())

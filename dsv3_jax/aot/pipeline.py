@@ -15,11 +15,11 @@ import numpy as np
 from dsv3_jax.aot.hlo import Instruction, Module
 from dsv3_jax.aot.simulator import Simulator
 from dsv3_jax.pipeline_plan import Pipeline
-from sharding.pipeline import SCOPE, turns
-from sharding.ticks import joined
+from sharding.pipeline import SCOPE, trip_counts
+from sharding.ticks import lockstep_time
 
 PART = re.compile(rf"{SCOPE}(\w+)/(?:while|cond)$")
-LAYERS = {"FB": "forward beside backward", "F": "forward", "B": "backward"}
+LAYERS = {"F_BW": "forward beside backward", "F": "forward", "BW": "backward"}
 
 
 def tick_parts(module: Module) -> dict[str, Instruction]:
@@ -33,7 +33,7 @@ def tick_parts(module: Module) -> dict[str, Instruction]:
 
 def mean_runs(module: Module, pipeline: Pipeline) -> dict[str, float]:
     """Return how often each part runs per tick and rank, by the name of its instruction."""
-    counts = turns(pipeline.table, pipeline.sizes)
+    counts = trip_counts(pipeline.table, pipeline.sizes)
     return {part.name: float(counts[name].mean()) for name, part in tick_parts(module).items()}
 
 
@@ -58,7 +58,7 @@ def times(simulator: Simulator, pipeline: Pipeline) -> PipelineTimes:
         ValueError: the program lacks a part that the tick table uses.
     """
     parts = tick_parts(simulator.module)
-    counts = turns(pipeline.table, pipeline.sizes)
+    counts = trip_counts(pipeline.table, pipeline.sizes)
     if missing := {name for name, n in counts.items() if n.any()} - set(parts):
         raise ValueError(f"the program has no part {', '.join(sorted(missing))} of the pipeline")
     seconds = {name: simulator.callee(part).makespan for name, part in parts.items()}
@@ -71,12 +71,12 @@ def times(simulator: Simulator, pipeline: Pipeline) -> PipelineTimes:
     between = simulator.computation(tick).makespan - in_parts.mean()
     busy = simulator.step().makespan
     outside = busy - len(in_parts) * (in_parts.mean() + between)
-    return PipelineTimes(outside + joined((in_parts + between).tolist()), busy, seconds)
+    return PipelineTimes(outside + lockstep_time((in_parts + between).tolist()), busy, seconds)
 
 
 def figures(simulator: Simulator, pipeline: Pipeline) -> dict:
     """Return the report's entries on the pipeline."""
-    found, counts = times(simulator, pipeline), turns(pipeline.table, pipeline.sizes)
+    found, counts = times(simulator, pipeline), trip_counts(pipeline.table, pipeline.sizes)
     return {
         "schedule": pipeline.table.schedule.name,
         "stages": list(pipeline.sizes),

@@ -27,7 +27,7 @@ from dsv3_jax.aot.simulator import Event, Machine, Simulation, Simulator
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.flops import training_flops_per_token
-from dsv3_jax.pipeline_plan import pipeline_of
+from dsv3_jax.pipeline_plan import make_pipeline
 from sharding.expert_parallel import EXTRA_ROUNDS
 from sharding.mesh import MeshSpec
 
@@ -102,7 +102,7 @@ def make_simulator(
     trips = known | {loop.name: assumed_trips(loop) for loop in unknown}
     frequency = {}
     if target.mesh.pp > 1:
-        frequency = pipeline.mean_runs(module, pipeline_of(config, target.mesh))
+        frequency = pipeline.mean_runs(module, make_pipeline(config, target.mesh))
         trips |= {loop.name: frequency[loop.name] for loop in unknown if loop.name in frequency}
     table = kernels(config.parallel.capacity_factor)
     return Simulator(module, machine, trips, table, frequency)
@@ -151,7 +151,7 @@ def make_report(
     n_devices, seconds = target.mesh.n_devices, step.makespan
     staged = {}
     if target.mesh.pp > 1:
-        staged = pipeline.figures(simulator, pipeline_of(config, target.mesh))
+        staged = pipeline.figures(simulator, make_pipeline(config, target.mesh))
         seconds = staged["step_seconds"]
     _, unknown = loops.trip_counts(module)
     return {

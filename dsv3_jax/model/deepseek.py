@@ -10,7 +10,7 @@ from einops import rearrange
 from flax import nnx
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.layer_scan import scan, scan_ahead, stack
+from dsv3_jax.layer_scan import scan, scan_prefetch, stack
 from dsv3_jax.model.block import DenseBlock, MoEBlock
 from dsv3_jax.model.layers import RMSNorm
 from dsv3_jax.model.moe import BalanceBias, RouterStats
@@ -123,7 +123,7 @@ class DeepSeekV3(EmbeddingAndHead):
             return block(x, positions, layout, doc_start, overlap_barrier)
 
         if layout.zero == 3:
-            return scan_ahead(run_block, blocks, x, layout=layout, compute=compute, remat=remat)
+            return scan_prefetch(run_block, blocks, x, layout=layout, compute=compute, remat=remat)
         return scan(run_block, blocks, x, None, layout=layout, compute=compute, remat=remat)
 
     def mtp_hidden_states(

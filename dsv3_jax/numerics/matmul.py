@@ -1,7 +1,7 @@
 """Matmuls of activations with weights, whatever format the weights are in.
 
 A weight is an array, or an `Fp8Weight` where the policy says so, and in a pipeline stage either of
-them is `Deferred`: which of these is decided where weights are prepared for use, and no layer asks.
+them is `DeferredWgrad`: which of these is decided where weights are prepared, and no layer asks.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from dsv3_jax.numerics.fp8 import Fp8Weight, SavedInput, SwiGLUInput, fp8_matmul
 from dsv3_jax.numerics.gmm import grouped_matmul
 from dsv3_jax.numerics.kernels.swiglu_ref import swiglu
-from dsv3_jax.numerics.split_backward import Deferred, deferred_product
+from dsv3_jax.numerics.split_backward import DeferredWgrad, split_matmul
 from dsv3_jax.shapes import Array, Float, Int
 
-Weight = Array | Fp8Weight | Deferred
+Weight = Array | Fp8Weight | DeferredWgrad
 NOT_SAVED = SavedInput()  # a remat policy does not save the input
 
 
@@ -39,7 +39,7 @@ def matmul(
         w: [D F]; with groups [e D F], and rows beyond the last group are unspecified.
         save: how x is saved for the backward.
     """
-    if isinstance(w, Fp8Weight | Deferred):
+    if isinstance(w, Fp8Weight | DeferredWgrad):
         y = _custom_matmul(save, x.reshape(-1, x.shape[-1]), w, groups)
         return y.reshape(*x.shape[:-1], -1)
     x = x if save.name is None else checkpoint_name(x, save.name)
@@ -67,17 +67,17 @@ def swiglu_matmul(
     return matmul(swiglu(hidden, gates), w, NOT_SAVED, groups)
 
 
-def _custom_matmul(save: SavedInput, inputs, w: Fp8Weight | Deferred, groups: Groups | None):
+def _custom_matmul(save: SavedInput, inputs, w: Fp8Weight | DeferredWgrad, groups: Groups | None):
     """Return a matmul [r F] whose backward is our own: in FP8, or split in two."""
     sizes, platform = (None, "cpu") if groups is None else groups
-    if isinstance(w, Deferred):
-        return deferred_product(save, inputs, w, sizes, platform)
+    if isinstance(w, DeferredWgrad):
+        return split_matmul(save, inputs, w, sizes, platform)
     return fp8_matmul(save, inputs, w, sizes)
 
 
 def undeferred(w: Weight) -> Array | Fp8Weight:
     """Return the same weight with a gradient that is not deferred."""
-    return w.weight if isinstance(w, Deferred) else w
+    return w.weight if isinstance(w, DeferredWgrad) else w
 
 
 def dequantized(w: Weight, dtype: jax.typing.DTypeLike) -> Array:

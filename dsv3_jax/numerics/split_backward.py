@@ -1,14 +1,21 @@
-"""Products whose backward leaves the gradient of the weight for later (report sec. 3.2.1).
+"""Matmuls whose weight gradient comes later: the split of BW into B and W (report sec. 3.2.1).
 
-For the rank before, a pipeline stage needs the gradient of its input soon; that of its weights can
-wait until there is nothing else to do. So the backward of a `Deferred` weight hands out, instead of
-x^T dy, both factors: as the gradients of arrays that nothing reads. `weight_gradient` is the rest.
+The stage before waits for the gradient of its output (dgrad); the gradient of the weights (wgrad)
+can wait until a rank has nothing else to do. So the backward of a `DeferredWgrad` hands out the
+operands x and dy instead of dW = x^T dy. JAX lets a backward return nothing but gradients of
+inputs. So each such weight brings zeros in the shape of its operands as a further input, which no
+forward reads and whose "gradient" the operands are. `wgrad_of` multiplies them later.
+
+The shape of the zeros depends on how many rows a layer gives to each matmul, which only the layer
+knows: `operand_shapes` traces it once, ahead of time.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,41 +32,79 @@ from dsv3_jax.numerics.kernels import pick
 from dsv3_jax.numerics.quantize import QuantizedTensor
 from dsv3_jax.shapes import Array, Float, Float32, Int
 
-
-class Shapes(dict):
-    """Of the factors of weights, by name; to be found out by a run of `jax.eval_shape`."""
+OperandShapes = dict[str, WgradOperands]  # of ShapeDtypeStructs, by parameter path
+INPUT_TAG = "wgrad input of "
 
 
 @jax.tree_util.register_static
-class Name(str):
-    """Of a parameter: part of a pytree's structure, not of its leaves."""
+class ParamPath(str):
+    """The path of a parameter: part of a pytree's structure, not of its leaves."""
 
 
-class Deferred(NamedTuple):
-    """A weight in use."""
+class DeferredWgrad(NamedTuple):
+    """A weight whose gradient is deferred."""
 
     weight: Array | Fp8Weight
-    name: Name
-    factors: WgradOperands | Shapes  # never read; their gradients are the factors of the weight's
+    path: ParamPath
+    operands: WgradOperands | None  # zeros; None while `operand_shapes` looks for their shapes
 
 
-def deferred_product(
-    save: SavedInput, inputs: Array | SwiGLUInput, w: Deferred, sizes, platform: str
+def operand_shapes(fn: Callable, weights: dict[str, Array | Fp8Weight], *args) -> OperandShapes:
+    """Return the shapes of the wgrad operands of all deferred weights that `fn(*args)` uses.
+
+    Args:
+        fn: a function that uses `weights` as `DeferredWgrad(weight, path, None)`: their inputs are
+            then tagged with the path, and this finds the tags in its jaxpr.
+        weights: by path, of this function or more.
+
+    Raises:
+        ValueError: a weight is used twice: its operands would be added up.
+    """
+    found: OperandShapes = {}
+    for equation in _equations(jax.make_jaxpr(fn)(*args).jaxpr):
+        tag = equation.params["name"] if equation.primitive.name == "name" else ""
+        if not tag.startswith(INPUT_TAG):
+            continue
+        path, rows = tag.removeprefix(INPUT_TAG), equation.outvars[0].aval
+        if path in found:
+            raise ValueError(
+                f"the weight {path} is used twice in a layer, so its gradient cannot be deferred"
+            )
+        in_fp8 = isinstance(weights[path], Fp8Weight)
+        shape = (weights[path].quantized.values if in_fp8 else weights[path]).shape
+        x, grad = (jax.ShapeDtypeStruct((rows.shape[0], dim), rows.dtype) for dim in shape[-2:])
+        sizes = jax.ShapeDtypeStruct(shape[:1], jnp.int32) if len(shape) == 3 else None
+        found[path] = jax.eval_shape(wgrad_operands if in_fp8 else _operands, x, grad, sizes)
+    return found
+
+
+def _equations(jaxpr) -> Iterator:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def split_matmul(
+    save: SavedInput, inputs: Array | SwiGLUInput, w: DeferredWgrad, sizes, platform: str
 ) -> Float[Array, "r F"]:
-    """x [r D] times W [D F], as `fp8_matmul` or `matmul`; a `SwiGLUInput` in FP8 alone."""
-    finding_shapes = isinstance(w.factors, Shapes)
-    if finding_shapes:
-        _note(inputs, w, sizes)
+    """Return x [r D] times W [D F], as `fp8_matmul` or `matmul`; a `SwiGLUInput` in FP8 only."""
+    if w.operands is None:
+        tag = INPUT_TAG + w.path
+        if isinstance(inputs, SwiGLUInput):
+            inputs = inputs._replace(hidden=checkpoint_name(inputs.hidden, tag))
+        else:
+            inputs = checkpoint_name(inputs, tag)
     if isinstance(w.weight, Fp8Weight):
-        weight = w.weight if finding_shapes else w.weight._replace(tap=w.factors)
+        weight = w.weight if w.operands is None else w.weight._replace(tap=w.operands)
         return fp8_matmul(save, inputs, weight, sizes)
-    if finding_shapes:
+    if w.operands is None:
         return _forward(save, platform, inputs, w.weight, sizes)[0]
-    return _product(save, platform, inputs, w.weight, w.factors, sizes)
+    return _split_matmul(save, platform, inputs, w.weight, w.operands, sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(save: SavedInput, platform: str, x, w, factors, sizes):
+def _split_matmul(save: SavedInput, platform: str, x, w, operands, sizes):
     return _forward(save, platform, x, w, sizes)[0]
 
 
@@ -79,8 +124,8 @@ def _backward(save: SavedInput, platform: str, residuals, grad):
     return d_x, None, _operands(x, grad, sizes), None
 
 
-_product.defvjp(
-    lambda save, platform, x, w, factors, sizes: _forward(save, platform, x, w, sizes), _backward
+_split_matmul.defvjp(
+    lambda save, platform, x, w, operands, sizes: _forward(save, platform, x, w, sizes), _backward
 )
 
 
@@ -88,23 +133,11 @@ def _operands(x, grad, sizes) -> WgradOperands:
     return WgradOperands(x, grad, None if sizes is None else sizes.astype(jnp.float32))
 
 
-def _note(inputs: Array | SwiGLUInput, w: Deferred, sizes):
-    """Write down the shapes of the factors of a product."""
-    if w.name in w.factors:
-        raise ValueError(f"the weight {w.name} is used twice in a layer, so no gradient can wait")
-    in_fp8 = isinstance(w.weight, Fp8Weight)
-    like = inputs.hidden if isinstance(inputs, SwiGLUInput) else inputs
-    dims = (w.weight.quantized.values if in_fp8 else w.weight).shape[-2:]
-    x, grad = (jax.ShapeDtypeStruct((like.shape[0], dim), like.dtype) for dim in dims)
-    operands = wgrad_operands if in_fp8 else _operands
-    w.factors[w.name] = jax.eval_shape(operands, x, grad, sizes)
-
-
-def weight_gradient(factors: WgradOperands, platform: str) -> Float32[Array, "..."]:
-    """The gradient of a weight [D F] or [e D F], in float32."""
-    x, grad, sizes = factors
+def wgrad_of(operands: WgradOperands, platform: str) -> Float32[Array, "..."]:
+    """Return the gradient of a weight [D F] or [e D F], in float32."""
+    x, grad, sizes = operands
     if isinstance(x, QuantizedTensor):
-        return wgrad(factors, platform)
+        return wgrad(operands, platform)
     if sizes is None:
         return jnp.einsum("rD,rF->DF", x, grad, preferred_element_type=jnp.float32)
     groups: Int[Array, " e"] = sizes.astype(jnp.int32)

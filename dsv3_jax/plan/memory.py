@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.layer_scan import KEPT_BY_REPORT
+from dsv3_jax.layer_scan import SAVED_NAMES
 from dsv3_jax.losses import VOCAB_CHUNK
 from dsv3_jax.model.deepseek import STACKS, abstract_model
 from dsv3_jax.numerics.kernels.attention_ref import query_spans
@@ -152,7 +152,7 @@ def saved_bytes(config: Config, mesh: MeshSpec, moe: bool) -> dict[str, float]:
     else:
         sizes |= dict.fromkeys(("gates", "expert_ids", "dispatched", "expert_hidden"), 0)
         sizes["ffn_hidden"] = ffn_item * n_tokens * 2 * model.dense_hidden
-    return {name: sizes[name] for name in KEPT_BY_REPORT}
+    return {name: sizes[name] for name in SAVED_NAMES}
 
 
 def unsaved_bytes(config: Config, mesh: MeshSpec, moe: bool) -> float:

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dsv3_jax.pipeline_plan import Pipeline
+from dsv3_jax.training import pipeline_plot
 from dsv3_jax.training.expert_load import LoadHistory, max_violation
 from dsv3_jax.training.setup import Setup
-from sharding import gantt
 
 BLUE, ORANGE, GREEN, GREY = "#2563a8", "#d9822b", "#2e8b57", "#666666"
 
@@ -80,9 +80,9 @@ def plot_pipeline(pipeline: Pipeline, path: Path):
     size = (14.0, 1.6 + 0.3 * table.stages.n_ranks)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    gantt.draw(axes, table, costs)
+    pipeline_plot.draw(axes, table, costs)
     axes.set(title=f"pipeline: {pipeline}", xlabel="forwards of a layer")
-    gantt.legend(figure)
+    pipeline_plot.legend(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

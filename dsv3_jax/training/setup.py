@@ -13,7 +13,7 @@ from dsv3_jax.data.loader import Loader
 from dsv3_jax.losses import next_token_loss
 from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.optimizer import make_optimizer
-from dsv3_jax.pipeline_plan import Pipeline, pipeline_of
+from dsv3_jax.pipeline_plan import Pipeline, make_pipeline
 from dsv3_jax.schedules import BatchSizes, with_batch
 from dsv3_jax.training.state import (
     TrainState,
@@ -72,7 +72,7 @@ def set_up(config: Config, spec: MeshSpec, workdir: Path) -> Setup:
         sizes=BatchSizes.of(train),
         optimizer=optimizer,
         abstract_state=abstract_state(config, optimizer, mesh, layout),
-        pipeline=pipeline_of(config, layout.mesh) if spec.pp > 1 else None,
+        pipeline=make_pipeline(config, layout.mesh) if spec.pp > 1 else None,
     )
 
 
