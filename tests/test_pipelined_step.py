@@ -3,11 +3,14 @@
 Float32: gradients agree to 2e-6 of the largest number of each tensor, losses to 2e-6.
 """
 
+import math
+
 import chex
 import jax
+import jax.extend.core
 import numpy as np
 import pytest
-from reference.small_step import config_of
+from reference.small_step import config_of, loss_of, placed
 from reference.stages import batch_of, config_with, parameters, plain, run
 
 from dsv3_jax.config_cli import override
@@ -16,6 +19,7 @@ from dsv3_jax.mesh_checks import check_mesh
 from dsv3_jax.params import param_specs
 from dsv3_jax.pipeline_plan import make_pipeline, stage_sizes
 from dsv3_jax.training.state import make_layout
+from dsv3_jax.training.step import loss_and_gradients
 from sharding.mesh import parse_mesh
 
 
@@ -88,6 +92,39 @@ def test_fp8():
     np.testing.assert_allclose(got[0].total, want[0].total, rtol=1e-4)
     for a, b in zip(*map(jax.tree.leaves, (got[2], want[2])), strict=True):
         assert np.linalg.norm(a - b) <= 0.08 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    "setting, expected",
+    [
+        ("parallel.remat=report", 20752),
+        ("parallel.remat=full", 2064),
+        ("precision.matmul=fp8", 11984),
+    ],
+)
+def test_no_weight_is_saved_per_micro_batch(setting, expected):
+    """The bytes of a layer's residuals: what the remat policy names, its input and two scalars."""
+    config = config_with(5, 8, "pipeline.schedule=dualpipe", setting)
+    mesh, layout = placed("pp2,ep2", config)
+    fn = loss_and_gradients(config, mesh, layout, loss_of(config))
+    jaxpr = jax.make_jaxpr(fn)(*parameters(config), batch_of(8), np.float32(0), None).jaxpr
+    pipeline = make_pipeline(config, layout.mesh)
+    lead = (pipeline.table.n_residuals, max(pipeline.sizes))
+    (ticks,) = (
+        equation
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "scan"
+        and equation.params["length"] == len(pipeline.table.rows)
+    )
+    saved = [v.aval for v in ticks.outvars if v.aval.shape[:2] == lead]
+    assert sum(x.size * x.dtype.itemsize for x in saved) == expected * math.prod(lead)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize("mesh, flat", [("pp4,dp2", "dp8"), ("pp2,dp2,ep2", "dp4,ep2")])
