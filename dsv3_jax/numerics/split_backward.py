@@ -32,7 +32,7 @@ from dsv3_jax.numerics.kernels import pick
 from dsv3_jax.numerics.quantize import QuantizedTensor
 from dsv3_jax.shapes import Array, Float, Float32, Int
 
-OperandShapes = dict[str, WgradOperands]  # of ShapeDtypeStructs, by parameter path
+OperandShapes = dict  # by parameter path: WgradOperands of ShapeDtypeStructs
 INPUT_TAG = "wgrad input of "
 
 
@@ -49,13 +49,13 @@ class DeferredWgrad(NamedTuple):
     operands: WgradOperands | None  # zeros; None while `operand_shapes` looks for their shapes
 
 
-def operand_shapes(fn: Callable, weights: dict[str, Array | Fp8Weight], *args) -> OperandShapes:
+def operand_shapes(fn: Callable, weights: dict, *args) -> OperandShapes:
     """Return the shapes of the wgrad operands of all deferred weights that `fn(*args)` uses.
 
     Args:
         fn: a function that uses `weights` as `DeferredWgrad(weight, path, None)`: their inputs are
             then tagged with the path, and this finds the tags in its jaxpr.
-        weights: by path, of this function or more.
+        weights: arrays or `Fp8Weight`s by path, those of `fn` or more.
 
     Raises:
         ValueError: a weight is used twice: its operands would be added up.
