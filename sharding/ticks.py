@@ -163,6 +163,49 @@ def _fields(work: Work, rank: int, stages: Stages, entries: dict) -> dict[str, i
     return fields
 
 
+def layers_of_ranks(table: TickTable, sizes: list[int]) -> np.ndarray:
+    """Return the layers [ranks chunks largest_size] of the stages that each rank holds.
+
+    Where a stage is smaller than the largest, the number is that of no layer: sum(sizes).
+    """
+    stages, first = table.stages, np.cumsum([0, *sizes])
+    layers = np.full((stages.n_ranks, stages.n_chunks, max(sizes)), sum(sizes))
+    for rank in range(stages.n_ranks):
+        for chunk in range(stages.n_chunks):
+            stage = stages.stage(rank, chunk)
+            layers[rank, chunk, : sizes[stage]] = first[stage] + np.arange(sizes[stage])
+    return layers
+
+
+def trip_counts(table: TickTable, sizes: list[int]) -> dict[str, np.ndarray]:
+    """Return how often each part of a tick runs [ticks ranks], by its name in the program.
+
+    Loops over layers are "F_BW" for an F and a BW side by side, and "F", "BW", "B" and "W" by
+    themselves. The other parts are `embed`, `head_and_loss` and `embed_backward` of `StageFns`.
+    """
+    stages, row = table.stages, {name: table.field(name) for name in FIELDS}
+    ranks = np.arange(stages.n_ranks)[None, :]
+    held = np.array(
+        [
+            [sizes[stages.stage(rank, chunk)] for chunk in range(stages.n_chunks)]
+            for rank in range(stages.n_ranks)
+        ]
+    )
+    n_f = held[ranks, row["f_chunk"]] * row["f_on"]
+    n_b = held[ranks, row["b_chunk"]] * row["b_on"]
+    both = np.minimum(n_f, n_b) * row["fused"]
+    return {
+        "F_BW": both,
+        "F": n_f - both,
+        "BW": n_b * (1 - row["b_defers"]) - both,
+        "B": n_b * row["b_defers"],
+        "W": held[ranks, row["w_chunk"]] * row["w_on"],
+        "embed": row["f_on"] * row["f_first"],
+        "head_and_loss": row["b_on"] * row["b_last"],
+        "embed_backward": row["b_on"] * row["b_first"],
+    }
+
+
 def table_time(table: TickTable, costs: Costs) -> float:
     """Return the time of all ticks, as `lockstep_time`."""
     stages = table.stages

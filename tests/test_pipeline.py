@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.aot import hlo, pipeline
 from sharding.mesh import BATCH, REPLICATED, make_mesh, manual_region, parse_mesh
-from sharding.pipeline import StageFns, layers_of_ranks, run_pipeline, trip_counts
+from sharding.pipeline import StageFns, run_pipeline
 from sharding.schedules import NAMES, make_schedule
-from sharding.ticks import make_tick_table
+from sharding.ticks import layers_of_ranks, make_tick_table, trip_counts
 
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 N_LAYERS, WIDTH, HIDDEN, VOCAB, ROWS, LENGTH = 9, 8, 12, 16, 4, 6

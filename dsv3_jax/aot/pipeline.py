@@ -15,8 +15,8 @@ import numpy as np
 from dsv3_jax.aot.hlo import Instruction, Module
 from dsv3_jax.aot.simulator import Simulator
 from dsv3_jax.pipeline_plan import Pipeline
-from sharding.pipeline import SCOPE, trip_counts
-from sharding.ticks import lockstep_time
+from sharding.pipeline import SCOPE
+from sharding.ticks import lockstep_time, trip_counts
 
 PART = re.compile(rf"{SCOPE}(\w+)/(?:while|cond)$")
 LAYERS = {"F_BW": "forward beside backward", "F": "forward", "BW": "backward"}

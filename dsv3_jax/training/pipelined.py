@@ -58,7 +58,8 @@ from dsv3_jax.training.state import split_model
 from sharding.collectives import pmax_all, psum_all
 from sharding.layout import Layout, StageLayers, gather_layers, max_per_layer, own_layers
 from sharding.mesh import BATCH, REPLICATED, manual_region
-from sharding.pipeline import Gradients, PyTree, StageFns, layers_of_ranks, run_pipeline
+from sharding.pipeline import Gradients, PyTree, StageFns, run_pipeline
+from sharding.ticks import layers_of_ranks
 
 
 def pipelined(
