@@ -87,7 +87,7 @@ def children(pid: int) -> list[int]:
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, programs):
     """40 steps against 20 and SIGKILL, some and SIGTERM, and the rest; then a damaged checkpoint.
 
-    Batches grow on the way, and the mean weights go on as well. All rows are equal, and all bits of
+    Batches grow on the way, and the EMA weights go on as well. All rows are equal, and all bits of
     the last state.
     """
     whole, killed = tmp_path / "whole", tmp_path / "killed"

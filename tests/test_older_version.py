@@ -1,7 +1,7 @@
 """A run folder that version 5fba886 wrote, before fields and classes were renamed, is read as ever.
 
 `goldens/G_older_run.tar.xz` is its config.json and its checkpoint of step 2 on mesh ep2: a state of
-small sizes with mean weights, in which element j of array i, both counted from 0, is i + j mod 7.
+small sizes with EMA weights, in which element j of array i, both counted from 0, is i + j mod 7.
 """
 
 import json

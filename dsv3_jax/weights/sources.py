@@ -78,7 +78,7 @@ def open_weights(directory: str | Path) -> Source:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must be a JSON object, not {str(values)[:100]}")
     if ema and "train" not in values:
-        raise ValueError(f"{directory}@ema: only workdirs of train.py hold mean weights")
+        raise ValueError(f"{directory}@ema: only workdirs of train.py hold EMA weights")
     if "imported_from" in values:
         raise ValueError(
             f"{directory} was made by `python -m dsv3_jax.weights import` of an earlier version, "
@@ -147,7 +147,7 @@ class Workdir(_ArraysOfOurs):
             raise FileNotFoundError(f"{directory}: the run has no checkpoint yet")
         self._sections = ("ema" if ema else "params", "bias")  # of the saved training state
         if ema and not any(name.startswith("ema.") for name in self.checkpoints.signatures()):
-            raise ValueError(f"{directory}@ema: the run kept no mean weights; it needs ema.decay")
+            raise ValueError(f"{directory}@ema: the run kept no EMA weights; it needs ema.decay")
         self._whole: Params = {}  # stacks, kept because they may be asked for layer by layer
 
     def load(
