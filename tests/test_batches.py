@@ -84,7 +84,9 @@ def test_the_loss_is_the_mean_over_the_masked_targets_of_each_document():
             found += log_probs(row.tokens[document])[row.loss_mask[document][1:]].tolist()
     assert 10 < len(found) < 60
     loaded = next(in_order(rows))
-    np.testing.assert_allclose(losses_of("dp1", loaded.rows).main, -np.mean(found), rtol=1e-5)
+    np.testing.assert_allclose(
+        losses_of("dp1", loaded.rows).terms["loss"], -np.mean(found), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("mesh, context", [("dp2,ep2", 1), ("ep4", 2)])
@@ -92,8 +94,8 @@ def test_on_meshes(mesh, context):
     rows = next(in_order(rows_of(0))).rows
     want = losses_of("dp1", rows)
     found = losses_of(mesh, rows, f"parallel.context={context}", "parallel.capacity_factor=4")
-    np.testing.assert_allclose(found.main, want.main, rtol=2e-6)
-    np.testing.assert_allclose(found.mtp, want.mtp, rtol=2e-6)
+    np.testing.assert_allclose(found.terms["loss"], want.terms["loss"], rtol=2e-6)
+    np.testing.assert_allclose(found.terms["mtp_loss"], want.terms["mtp_loss"], rtol=2e-6)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -108,7 +110,7 @@ def test_slices_of_processes_make_the_batch_and_resume_in_the_middle(streams):
         loader.start(1, BATCH_SIZE)
         parts.append(next(loader).rows)
     batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    assert losses_of("dp1", batch).main == want.main
+    assert losses_of("dp1", batch).terms["loss"] == want.terms["loss"]
 
 
 class Weighted(NamedTuple):

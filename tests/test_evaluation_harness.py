@@ -171,7 +171,9 @@ def test_rows_of_mmlu(tmp_path):
 
 @pytest.mark.slow  # lm-eval reads all of its own tasks
 def test_unknown_task(monkeypatch):
-    monkeypatch.setattr(command, "load_model", None)  # found out before weights are read
+    monkeypatch.setattr(
+        "dsv3_jax.evaluation.evaluate.load_model", None
+    )  # found out before weights are read
     arguments = ["evaluation", f"--weights={CHECKPOINT}", "--tasks=tiny_mcc", "--include=tasks"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as exit:
@@ -181,7 +183,7 @@ def test_unknown_task(monkeypatch):
 
 def test_the_command(monkeypatch, capsys):
     """All but the model, which is compiled already."""
-    monkeypatch.setattr(command, "load_model", lambda source, dtype, mesh: None)
+    monkeypatch.setattr("dsv3_jax.evaluation.evaluate.load_model", lambda source, dtype, mesh: None)
     monkeypatch.setattr(command.ModelView, "take", lambda model, mesh: None)
     monkeypatch.setattr(command, "Generator", lambda view, multiple: None)
     monkeypatch.setattr(command, "Scorer", lambda generator, max_length, batch: scorer())
