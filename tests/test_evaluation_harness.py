@@ -20,6 +20,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 from dsv3_jax.evaluation import __main__ as command  # noqa: E402
+from dsv3_jax.evaluation import evaluate  # noqa: E402
 from dsv3_jax.evaluation.harness import HarnessModel, find_tasks, parse_settings, run_tasks  # noqa: E402
 from dsv3_jax.evaluation.local_tasks import mmlu_questions, write_local_tasks  # noqa: E402
 from dsv3_jax.evaluation.perplexity import windows  # noqa: E402
@@ -183,10 +184,10 @@ def test_unknown_task(monkeypatch):
 
 def test_the_command(monkeypatch, capsys):
     """All but the model, which is compiled already."""
-    monkeypatch.setattr("dsv3_jax.evaluation.evaluate.load_model", lambda source, dtype, mesh: None)
-    monkeypatch.setattr(command.ModelView, "take", lambda model, mesh: None)
-    monkeypatch.setattr(command, "Generator", lambda view, multiple: None)
-    monkeypatch.setattr(command, "Scorer", lambda generator, max_length, batch: scorer())
+    monkeypatch.setattr(evaluate, "load_model", lambda source, dtype, mesh: None)
+    monkeypatch.setattr(evaluate.ModelView, "take", lambda model, mesh: None)
+    monkeypatch.setattr(evaluate, "Generator", lambda view, multiple: None)
+    monkeypatch.setattr(evaluate, "Scorer", lambda generator, max_length, batch: scorer())
     arguments = [
         "evaluation",
         f"--weights={CHECKPOINT}",
