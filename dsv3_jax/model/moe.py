@@ -64,9 +64,10 @@ def router_stats(chunks: Sequence[RoutingSums], top_k: int, layout: Layout) -> R
     """
     sums = RoutingSums(*(list(parts) for parts in zip(*chunks, strict=True)))
     counts, affinity = (psum_sequence(sum(x), layout) for x in (sums.counts, sums.affinity))
+    balance = sequence_balance_loss(counts, affinity, top_k) / layout.context
     return RouterStats(
         load=sum(sums.counts).sum(0),
-        balance=sequence_balance_loss(counts, affinity, top_k) / layout.context,
+        balance=balance,
         rounds=functools.reduce(jnp.maximum, sums.rounds),
         n_received=sum(sums.n_received),
         n_nonfinite=sum(sums.n_nonfinite),
