@@ -4,6 +4,7 @@ The annotations say the same, and jaxtyping checks them in all tests; here they 
 with every letter a different number.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from flax import nnx
 from reference.cases import ATTENTION, CONFIG, MOE, build, in_bfloat16
 from reference.small_step import config_of
 
-from dsv3_jax.config import LossConfig
+from dsv3_jax.config import LossConfig, ModelConfig
 from dsv3_jax.losses import Batch, cross_entropy, next_token_loss, token_log_probs, training_loss
 from dsv3_jax.model import rope
 from dsv3_jax.model.block import DenseBlock, MoEBlock
@@ -35,7 +36,7 @@ from dsv3_jax.optimizer import make_optimizer
 from dsv3_jax.serving.decode import Cache, decode_step, hidden_states, mtp_logits, prefill
 from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.serving.sampling import Sampling, sample
-from dsv3_jax.training.state import abstract_state, fresh_state, layout_of
+from dsv3_jax.training.state import abstract_state, init_sharded_state, make_layout
 from dsv3_jax.training.step import make_step
 from sharding.layout import Layout
 from sharding.mesh import (
@@ -47,14 +48,14 @@ from sharding.mesh import (
     mesh_spec,
 )
 
-ONE, SIZE = Layout(), 16  # SIZE tokens of room in a cache
+ONE, SIZE = Layout(), 18  # SIZE tokens of room in a cache
+SMALL = dataclasses.replace(CONFIG, n_layers=2, mtp_depth=1)  # a dense layer, a MoE layer, MTP
 LETTERS = {
-    **{"B": 2, "T": 7, "U": 6, "D": CONFIG.width, "V": CONFIG.vocab_size, "M": CONFIG.mtp_depth},
-    **{"E": MOE.n_experts, "K": MOE.top_k, "H": ATTENTION.n_heads, "C": ATTENTION.kv_rank},
+    **{"B": 2, "T": 12, "U": 11, "D": CONFIG.width, "V": CONFIG.vocab_size, "F": 13, "t": 14},
+    **{"E": MOE.n_experts, "K": MOE.top_k, "H": ATTENTION.n_heads, "C": ATTENTION.kv_rank, "e": 9},
     **{"N": ATTENTION.nope_dim, "R": ATTENTION.rope_dim, "O": ATTENTION.value_dim, "S": SIZE},
-    **{"F": 13, "t": 14, "e": 5, "L": 4},
-}  # L: MoE layers, MTP's among them
-MOE_STATS = ("L E float32", "L float32", "L int32", "L int32", "L int32")
+}
+MOE_STATS = ("4 E float32", "4 float32", "4 int32", "4 int32", "4 int32")  # of 4 MoE layers
 
 
 class Case(NamedTuple):
@@ -96,13 +97,21 @@ def hidden() -> jax.Array:
     return array("B", "T", "D")
 
 
-def model(rngs: nnx.Rngs) -> DeepSeekV3:
-    return DeepSeekV3(CONFIG, Policy(), rngs=rngs)
+def model(rngs: nnx.Rngs, config: ModelConfig = CONFIG) -> DeepSeekV3:
+    return DeepSeekV3(config, Policy(), rngs=rngs)
+
+
+def small(rngs: nnx.Rngs) -> DeepSeekV3:
+    return model(rngs, SMALL)
+
+
+def small_weights(seed: int) -> nnx.State:
+    return nnx.state(build(lambda: small(nnx.Rngs(0)), seed)[0])
 
 
 def view() -> ModelView:
-    built, _ = build(lambda: model(nnx.Rngs(0)))
-    return ModelView.take(built, make_mesh(MeshSpec(), jax.devices()[:1]))
+    mesh = make_mesh(MeshSpec(), jax.devices()[:1])
+    return ModelView.of_state(SMALL, Policy(), mesh, small_weights(0))
 
 
 def decode(fp8: bool = False, further: bool = False) -> Callable:
@@ -121,13 +130,17 @@ def decode(fp8: bool = False, further: bool = False) -> Callable:
 def loss_case(batch: Batch, loss_fn) -> Callable:
     def case():
         built, _ = build(lambda: model(nnx.Rngs(0)))
-        return lambda batch: training_loss(built, batch, loss_fn, 1e-4, 0.0, ONE, "report"), [batch]
+        return lambda batch: training_loss(
+            built, batch, loss_fn, 1e-4, jnp.float32(0), ONE, "report"
+        ), [batch]
 
     return case
 
 
 def rows(n_targets: int) -> Batch:
-    ids = np.random.default_rng(0).integers(0, LETTERS["V"], (LETTERS["B"], 7 + n_targets))
+    ids = np.random.default_rng(0).integers(
+        0, LETTERS["V"], (LETTERS["B"], LETTERS["T"] + n_targets)
+    )
     return Batch(jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, bool))
 
 
@@ -260,7 +273,7 @@ CASES = {
         module(model, tokens, method=lambda m, ids: m.hidden_states(ids)[0]), ("B T D float32",)
     ),
     "DeepSeekV3.mtp_logits": Case(
-        module(model, tokens, method=DeepSeekV3.mtp_logits), ("B U V float32",)
+        module(small, tokens, method=DeepSeekV3.mtp_logits), ("B U V float32",)
     ),
     "DecodeModel.hidden_states": Case(
         lambda: (
@@ -276,10 +289,10 @@ CASES = {
         ),
         ("B U V float32",),
     ),
-    "prefill": Case(decode(), ("B V float32", *LAYER * 3, "B int32", "int32")),
-    "decode_step": Case(decode(further=True), ("B 1 V float32", *LAYER * 3, "B int32", "int32")),
+    "prefill": Case(decode(), ("B V float32", *LAYER * 2, "B int32", "int32")),
+    "decode_step": Case(decode(further=True), ("B 1 V float32", *LAYER * 2, "B int32", "int32")),
     "prefill FP8 cache": Case(
-        decode(fp8=True), ("B V float32", *FP8_LAYER * 3, "B int32", "int32")
+        decode(fp8=True), ("B V float32", *FP8_LAYER * 2, "B int32", "int32")
     ),
     "sample": Case(
         lambda: (
@@ -314,7 +327,7 @@ CASES = {
     ),
     "grouped_matmul": Case(
         lambda: (
-            lambda x, w: grouped_matmul(x, w, jnp.full(LETTERS["e"], 2, jnp.int32), "cpu"),
+            lambda x, w: grouped_matmul(x, w, jnp.ones(LETTERS["e"], jnp.int32), "cpu"),
             [array("t", "D"), array("e", "D", "F")],
         ),
         ("t F float32",),
@@ -342,8 +355,8 @@ CASES = {
 
 def shape_and_dtype(output: str) -> tuple[tuple[int, ...], str]:
     *dims, dtype = output.split()
-    size = {**LETTERS}.get
-    return tuple(sum(size(x) or int(x) for x in dim.split("+")) for dim in dims), dtype
+    sizes = [sum(LETTERS.get(x) or int(x) for x in dim.split("+")) for dim in dims]
+    return tuple(sizes), dtype
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
@@ -366,11 +379,11 @@ def test_letters_differ():
 def test_train_step_is_traced_once():
     config = config_of()
     mesh = make_mesh(MeshSpec(dp=2), jax.devices()[:2])
-    layout = layout_of(config, mesh_spec(mesh))
+    layout = make_layout(config, mesh_spec(mesh))
     loss = next_token_loss(config.losses, config.model.mtp_depth)
     loss = loss._replace(from_hidden=chex.assert_max_traces(loss.from_hidden, n=1))
     optimizer = make_optimizer(config.optimizer, Policy.of(config.precision))
-    state = fresh_state(config, optimizer, abstract_state(config, optimizer, mesh, layout))
+    state = init_sharded_state(config, optimizer, abstract_state(config, optimizer, mesh, layout))
     step = make_step(config, optimizer, mesh, layout, loss)
     width = config.train.seq_len + 1 + config.model.mtp_depth
     for number in range(3):
@@ -384,7 +397,7 @@ def test_decode_step_is_traced_once():
     """Whatever the cache holds, and with other weights."""
     served, batch = view(), LETTERS["B"]
     layer = Latents(BATCH, BATCH)
-    cache = Cache((layer,) * CONFIG.n_layers, BATCH, REPLICATED)
+    cache = Cache((layer,) * SMALL.n_layers, BATCH, REPLICATED)
 
     def start(model, ids):
         return prefill(model, ids, jnp.zeros(ids.shape[0], jnp.int32), SIZE, served.layout)
@@ -398,8 +411,7 @@ def test_decode_step_is_traced_once():
     _, latents = first(tokens())
     for number in range(3):
         _, latents = step(tokens()[:, number : number + 1], latents)
-    other, _ = build(lambda: model(nnx.Rngs(0)), seed=1)
-    served.update_weights(nnx.state(other))
+    served.update_weights(small_weights(1))
     logits, latents = step(tokens()[:, :1], latents)
     chex.assert_shape(logits, (batch, 1, LETTERS["V"]))
     assert latents.length == LETTERS["T"] + 4
