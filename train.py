@@ -24,6 +24,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.errors import error_text
 from dsv3_jax.training.supervisor import supervise, use_huge_pages
+from sharding import GRAMMAR
 
 HEARTBEAT = 30  # seconds after which a silent process counts as dead
 PERMANENT = (ValueError, KeyError, NotImplementedError, FloatingPointError, FileNotFoundError)
@@ -39,8 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mesh",
         default="dp*",
-        help="pp, dp and ep with a size, such as dp4,ep8; dp* takes what devices are left, ep2x4 "
-        "is 2 nodes of 4 (default: dp*)",
+        help=f"{GRAMMAR}; dp* takes what devices are left, ep2x4 is 2 nodes of 4 (default: dp*)",
     )
     parser.add_argument(
         "--workdir", type=Path, help="where everything of the run is kept (default: runs/CONFIG)"

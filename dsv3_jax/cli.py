@@ -4,12 +4,11 @@ import argparse
 from pathlib import Path
 
 from dsv3_jax.config import WEIGHT_DTYPES
+from sharding import GRAMMAR
 
 
 def add_model_options(parser: argparse.ArgumentParser):
     """Add --weights, --dtype and --mesh: which weights, in which format, on which devices."""
-    from sharding.mesh import GRAMMAR  # imports JAX, which other commands' --help need not
-
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="folder with the weights and tokenizer.json")
     add("--dtype", choices=WEIGHT_DTYPES, default="float32", help="default: %(default)s")

@@ -12,11 +12,6 @@ import argparse
 from dsv3_jax.cli import add_model_options
 from dsv3_jax.data.chat import Prompts, StreamingDecoder, load_prompts
 from dsv3_jax.errors import errors_as_messages
-from dsv3_jax.serving.generator import Generator, check_request
-from dsv3_jax.serving.model_view import ModelView
-from dsv3_jax.serving.sampling import Sampling
-from dsv3_jax.weights.pretrained import load_model, start_mesh
-from dsv3_jax.weights.sources import open_weights
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,6 +35,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
+    from dsv3_jax.serving.generator import (  # after --help, which needs none
+        Generator,
+        check_request,
+    )
+    from dsv3_jax.serving.model_view import ModelView
+    from dsv3_jax.serving.sampling import Sampling
+    from dsv3_jax.weights.pretrained import load_model, start_mesh
+    from dsv3_jax.weights.sources import open_weights
+
     with errors_as_messages():
         sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p)
         mesh = start_mesh(arguments.mesh)

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sharding import GRAMMAR
+
 AXES = ("pp", "dp", "node", "rank")
 DATA_AXES = ("dp", "node", "rank")  # the batch is split over these axes
 EXPERT_AXES = ("node", "rank")  # the experts are split over these axes
@@ -23,8 +25,6 @@ EXPERT_AXES = ("node", "rank")  # the experts are split over these axes
 BATCH = PartitionSpec(DATA_AXES)
 REPLICATED = PartitionSpec()
 ROW_PER_DEVICE = PartitionSpec(AXES)
-
-GRAMMAR = "comma-separated pp, dp and ep with a size, such as dp4,ep8 or dp*,ep2x4"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

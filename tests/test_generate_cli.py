@@ -64,7 +64,7 @@ def test_prompts_and_their_continuations_in_order(folder, monkeypatch, capsys):
                 seen.append(step.tokens)
                 yield step
 
-    monkeypatch.setattr(generate, "Generator", Spied)
+    monkeypatch.setattr("dsv3_jax.serving.generator.Generator", Spied)
     run(monkeypatch, *asked(folder, f"--max-new={N_NEW}", "--ignore-eos"))
     rows = np.stack(seen, axis=1)
     assert rows.shape == (2, N_NEW) and (rows[0] != rows[1]).any()
@@ -83,7 +83,7 @@ def test_chat(folder, tmp_path, monkeypatch, capsys):
         asked_for.append((ids, *arguments))
         yield Step(np.array([ids_of("x")[0], ids_of("y")[0]]), np.array([False, False]))
 
-    monkeypatch.setattr(generate, "Generator", lambda view, fp8_cache: answer)
+    monkeypatch.setattr("dsv3_jax.serving.generator.Generator", lambda view, fp8_cache: answer)
     run(monkeypatch, *asked(weights, "--max-new=7", "--chat", "--seed=3", "--temperature=2"))
     assert capsys.readouterr().out == f"{PROMPTS[0]}\nx\n\n{PROMPTS[1]}\ny\n"
     ids = [tokenizer().encode(f"<user>{text}<answer>") for text in PROMPTS]
@@ -188,7 +188,7 @@ def test_help_shows_how(monkeypatch, capsys):
 def test_errors_come_in_one_line_and_before_the_weights_are_read(
     folder, tmp_path, monkeypatch, missing, arguments, message
 ):
-    monkeypatch.setattr(generate, "load_model", None)
+    monkeypatch.setattr("dsv3_jax.weights.pretrained.load_model", None)
     weights = copied(folder, tmp_path, missing) if missing else folder
     with pytest.raises(SystemExit) as exit:
         run(monkeypatch, *asked(weights, *arguments))
