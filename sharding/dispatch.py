@@ -63,7 +63,7 @@ class Hop(NamedTuple):
 
 
 class DispatchPlan(NamedTuple):
-    """What goes where. Positions count a device's copies sorted by peer and group."""
+    """The peer and position of every copy, counted over a device's copies by peer and group."""
 
     order: Int[Array, " tK"]  # position -> copy, as row * K + k
     peer: Int[Array, "t K"]  # where each copy goes; `size` for nowhere

@@ -81,7 +81,7 @@ class DispatchConfig(NamedTuple):
 
 
 class DispatchStats(NamedTuple):
-    """What an expert all-to-all did on a device."""
+    """The counts of an expert all-to-all on a device."""
 
     n_rounds: Int[Array, ""]  # times that the experts ran
     n_copies: Int[Array, ""]  # token copies that they received

@@ -1,4 +1,4 @@
-"""Where parameters are stored, and how they come together for use.
+"""The placement of parameters between steps, and their gathering for use.
 
 Every dimension of a parameter has a logical axis name ("embed", "mlp", "expert", ...). From these
 names and the global shape, this module chooses the mesh axes that the dimensions are split over.

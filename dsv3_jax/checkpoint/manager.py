@@ -181,7 +181,7 @@ class CheckpointManager(CheckpointReader):
         self._manager = self._new_manager()
 
     def _record_files(self, step: int):
-        """In a thread beside Orbax's: write the file record once the step is committed."""
+        """Write the file record once the step is committed; runs in a thread beside Orbax's."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             write_file_record(self._folder(step))

@@ -1,4 +1,4 @@
-"""What a run is made of beside its architecture: data, schedule, precision, mesh, reliability."""
+"""The config of a run beside its architecture: data, schedule, precision, mesh, reliability."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,7 +15,7 @@ from sharding.schedules import NAMES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where text comes from, and how it becomes tokens.
+    """The source of text, and the way it becomes tokens.
 
     Attributes:
         source: "instant" (a small text that needs no download), or a file, folder, glob or .jsonl.
@@ -147,7 +147,7 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the program is divided over the mesh and over time.
+    """The division of the program over the mesh and over time.
 
     Attributes:
         zero: ZeRO level: 1 gathers all weights once per step, 3 gathers them layer by layer.
@@ -188,7 +188,7 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """How micro-batches pass through pipeline stages, on meshes with `pp` (report sec. 3.2.1).
+    """The schedule of micro-batches through the stages of `pp` (report sec. 3.2.1).
 
     Attributes:
         schedule: one of those in sharding/schedules.py, or "auto": dualpipe or dualpipev,
@@ -266,7 +266,7 @@ class EmaConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What a run does about numbers that go wrong. Gradients that are not finite are skipped.
+    """The reaction to numbers that go wrong. Gradients that are not finite are skipped.
 
     Attributes:
         skip_above: skip steps whose gradient norm exceeds so many times the mean norm, once 100
@@ -291,7 +291,7 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run saves, and what it keeps.
+    """The steps at which a run saves, and the checkpoints it keeps.
 
     Attributes:
         every: steps between checkpoints.

@@ -1,4 +1,4 @@
-"""From a `DataConfig` to rows of tokens: split, tokenize and pack once, then read the cache."""
+"""The rows of tokens of a `DataConfig`: split, tokenized and packed once, then cached."""
 
 import dataclasses
 import functools

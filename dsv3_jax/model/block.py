@@ -24,7 +24,7 @@ OverlapBarrier = Callable[[jax.Array], jax.Array] | None
 
 
 class Block(nnx.Module):
-    """What both kinds of block share; the feed-forward sublayer is their own."""
+    """The base of both kinds of block, which differ in the feed-forward sublayer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)

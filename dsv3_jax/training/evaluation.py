@@ -1,4 +1,4 @@
-"""What a run measures between steps: held-out losses, and what FP8 loses.
+"""The measurements of a run between steps: held-out losses, and what FP8 loses.
 
 Pipeline stages are for training steps alone: here their devices join the data-parallel ones, and
 weights are gathered one layer at a time. No program here has redundant experts, which change no

@@ -14,7 +14,7 @@ from dsv3_jax.training.workdir import check_text
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     step: int
     state: TrainState

@@ -1,4 +1,4 @@
-"""What a run is made of and never changes: devices, text, optimizer, and the shape of its state."""
+"""The parts of a run that never change: devices, text, optimizer, and the shape of its state."""
 
 from pathlib import Path
 from typing import NamedTuple

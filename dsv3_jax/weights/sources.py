@@ -127,7 +127,7 @@ class Official:
 
 
 class _ArraysOfOurs:
-    """What sources in our own format share: their size is that of the arrays."""
+    """The base of sources in our own format, whose size is that of the arrays."""
 
     def n_bytes(self, abstract: AbstractParams, first_layer: int = 0) -> int:
         return sum(like.size * like.dtype.itemsize for like in abstract.values())

@@ -1,4 +1,4 @@
-"""What a folder with weights holds, as a table."""
+"""The table of what a folder with weights holds."""
 
 import collections
 from pathlib import Path
