@@ -224,7 +224,7 @@ class TrainConfig:
         seed: of initial weights, order of the data and samples.
         eval_every: steps between evaluations on held-out text.
         eval_batches: batches per evaluation.
-        sample_tokens: tokens that the model writes at the end of the run.
+        sample_tokens: tokens that the model writes at the end of the run; 0 for no sample.
     """
 
     batch: int

@@ -100,9 +100,9 @@ class ModelView:
         arrays = {}
         for state in states:
             arrays |= named_arrays(state)
-        wanted = {path for path, _ in self._sources()}
+        wanted = {path: arrays[path] for path, _ in self._sources()}
         self._leaves = []  # before new ones are made
-        self._set(self._copy({path: arrays[path] for path in wanted}))
+        self._set(self._copy(wanted))
 
     def program(self, fn: Callable, inputs: tuple, outputs, donate: tuple = ()) -> Callable:
         """Return `fn(model, *arguments)` with the view's weights, compiled for its mesh.
