@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,12 +44,17 @@ def training(zero: int):
     layout, policy = make_layout(config, spec), Policy.of(config.precision)
     optimizer = make_optimizer(config.optimizer, policy)
     state = init_sharded_state(config, optimizer, abstract_state(config, optimizer, mesh, layout))
-    return config, mesh, state, make_step(config, optimizer, mesh, layout, loss_of(config))
+    loss = loss_of(config)
+    loss = loss._replace(from_hidden=chex.assert_max_traces(loss.from_hidden, n=1))
+    return config, mesh, state, make_step(config, optimizer, mesh, layout, loss)
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_live_training_state(zero):
-    """Generate, train a step, update, generate: as a new view, and without another compilation."""
+    """Generate, train a step, update, generate: as a new view, and without another compilation.
+
+    The train step is traced once, with the first state and with those that it returns.
+    """
     config, mesh, state, step = training(zero)
     policy = Policy.of(config.precision)
     before = jax.tree.map(np.asarray, (state.params, state.bias))
@@ -67,7 +73,7 @@ def test_a_live_training_state(zero):
     assert (second != first).any()
     fresh = ModelView.of_state(config.model, policy, mesh, state.params, state.bias)
     np.testing.assert_array_equal(second, generate(fresh))
-    step(state, rows)  # which is still whole
+    step(state, jax.device_put(batch_of(1), named_sharding(mesh, BATCH)))  # it is still whole
 
 
 def test_mtp_logits_are_those_of_the_model():

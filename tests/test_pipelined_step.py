@@ -98,8 +98,8 @@ def test_fp8():
     "setting, expected",
     [
         ("parallel.remat=report", 20752),
-        ("parallel.remat=full", 2064),
-        ("precision.matmul=fp8", 11984),
+        pytest.param("parallel.remat=full", 2064, marks=pytest.mark.slow),
+        pytest.param("precision.matmul=fp8", 11984, marks=pytest.mark.slow),
     ],
 )
 def test_no_weight_is_saved_per_micro_batch(setting, expected):
