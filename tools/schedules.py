@@ -1,7 +1,7 @@
 """Draw pipeline schedules, and compare their waiting time with the report's formulas.
 
-python -m tools.schedules --p 8 --m 20            a table and a picture of all five
-python -m tools.schedules --p 8 --m 20 --fused 2  F and BW side by side cost 2 instead of 3
+    python -m tools.schedules --p 8 --m 20            a table and a picture of all five
+    python -m tools.schedules --p 8 --m 20 --fused 2  F and BW side by side cost 2 instead of 3
 """
 
 import argparse
