@@ -197,5 +197,6 @@ def test_time_of_a_step_in_stages():
     assert found["predicted_step_seconds"] == pipeline["step_seconds"]
     assert 0 < pipeline["waiting_share"] < 0.6
     trips, seconds = pipeline["trips_of_the_busiest_rank"], pipeline["seconds"]
-    assert trips.keys() == seconds.keys() == {"FB", "F", "B", "first", "last", "first_backward"}
-    assert pipeline["step_seconds"] > trips["FB"] * seconds["FB"]
+    parts = {"F_BW", "F", "BW", "embed", "head_and_loss", "embed_backward"}
+    assert trips.keys() == seconds.keys() == parts
+    assert pipeline["step_seconds"] > trips["F_BW"] * seconds["F_BW"]

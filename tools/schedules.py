@@ -2,6 +2,8 @@
 
     python -m tools.schedules --p 8 --m 20            a table and a picture of all five
     python -m tools.schedules --p 8 --m 20 --fused 2  F and BW side by side cost 2 instead of 3
+
+Time is in units of a stage's F, which B and W take as well.
 """
 
 import argparse
