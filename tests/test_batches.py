@@ -89,7 +89,9 @@ def test_the_loss_is_the_mean_over_the_masked_targets_of_each_document():
     )
 
 
-@pytest.mark.parametrize("mesh, context", [("dp2,ep2", 1), ("ep4", 2)])
+@pytest.mark.parametrize(
+    "mesh, context", [pytest.param("dp2,ep2", 1, marks=pytest.mark.slow), ("ep4", 2)]
+)
 def test_on_meshes(mesh, context):
     rows = next(in_order(rows_of(0))).rows
     want = losses_of("dp1", rows)

@@ -94,7 +94,7 @@ def test_value():
     np.testing.assert_allclose(losses.total, total, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["dp2,ep2", "pp2,ep2"])
+@pytest.mark.parametrize("mesh", [pytest.param("dp2,ep2", marks=pytest.mark.slow), "pp2,ep2"])
 def test_is_the_same_on_every_mesh(mesh):
     (want, wanted, want_bias), (got, change, bias) = step_on("dp1"), step_on(mesh)
     assert sorted(got.losses.terms) == ["balance_loss", "log_prob", "loss"]
