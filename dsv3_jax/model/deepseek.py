@@ -24,12 +24,24 @@ from sharding.layout import ONE_DEVICE, Layout
 STACKS = ("dense", "moe", "mtp")  # attributes of the model whose arrays have a leading layer dim
 
 
-class EmbeddingAndHead(nnx.Module):
-    """The ends of the model, whatever the layers between them: subclasses make the parameters."""
+class ModelBase(nnx.Module):
+    """The parameters of the model, embedding and head; subclasses say how layers are held."""
 
-    policy: Policy
-    embedding: nnx.Param
-    head: nnx.Param
+    def __init__(self, config: ModelConfig, policy: Policy, *, rngs: nnx.Rngs):
+        self.config, self.policy = config, policy
+        n_moe, table = config.n_layers - config.n_dense, (config.vocab_size, config.width)
+        self.embedding = make_param(
+            rngs, table, ("vocab", "embed_shard"), config.init_std, keep_fp32=True
+        )
+        self.dense = self._make_layers(DenseBlock, config.n_dense, rngs)
+        self.moe = self._make_layers(MoEBlock, n_moe, rngs)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = make_param(rngs, table, ("vocab_shard", "embed"), config.init_std)
+        self.mtp = self._make_layers(MTP, config.mtp_depth, rngs)
+
+    def _make_layers(self, layer: type[nnx.Module], n: int, rngs: nnx.Rngs):
+        """Return `n` layers of a kind."""
+        raise NotImplementedError
 
     def embed(self, tokens: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
         """Return the embeddings in the compute format."""
@@ -46,22 +58,10 @@ class EmbeddingAndHead(nnx.Module):
         return rearrange(logits, "(b t) v -> b t v", b=hidden.shape[0])
 
 
-class DeepSeekV3(EmbeddingAndHead):
+class DeepSeekV3(ModelBase):
     """The whole model; `dense`, `moe` and `mtp` are stacked layers, None where there are none."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, *, rngs: nnx.Rngs):
-        self.config, self.policy = config, policy
-        n_moe, table = config.n_layers - config.n_dense, (config.vocab_size, config.width)
-        self.embedding = make_param(
-            rngs, table, ("vocab", "embed_shard"), config.init_std, keep_fp32=True
-        )
-        self.dense = self._stack(DenseBlock, config.n_dense, rngs)
-        self.moe = self._stack(MoEBlock, n_moe, rngs)
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = make_param(rngs, table, ("vocab_shard", "embed"), config.init_std)
-        self.mtp = self._stack(MTP, config.mtp_depth, rngs)
-
-    def _stack(self, layer: type[nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module | None:
+    def _make_layers(self, layer: type[nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module | None:
         return stack(lambda rngs: layer(self.config, rngs=rngs), n, rngs) if n else None
 
     def __call__(

@@ -16,36 +16,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.block import Block, DenseBlock, MoEBlock
-from dsv3_jax.model.deepseek import EmbeddingAndHead, token_positions
-from dsv3_jax.model.layers import RMSNorm
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.deepseek import ModelBase, token_positions
 from dsv3_jax.model.mla import Latents
-from dsv3_jax.model.mtp import MTP
-from dsv3_jax.numerics.policy import Policy
 from dsv3_jax.numerics.quantize import TILE, QuantizedTensor, dequantize, quantize
-from dsv3_jax.params import make_param
 from dsv3_jax.shapes import Array, Float, Float32, Int
 from sharding.layout import Layout
 
 
-class DecodeModel(EmbeddingAndHead):
+class DecodeModel(ModelBase):
     """The parameters of `DeepSeekV3` with a module per layer instead of stacks of layers.
 
     Parameter `moe.A` of the stacked model, at layer i, is `moe.i.A` here.
     """
 
-    def __init__(self, config: ModelConfig, policy: Policy, *, rngs: nnx.Rngs):
-        self.config, self.policy = config, policy
-        table, n_moe = (config.vocab_size, config.width), config.n_layers - config.n_dense
-        self.embedding = make_param(
-            rngs, table, ("vocab", "embed_shard"), config.init_std, keep_fp32=True
-        )
-        self.dense = nnx.List([DenseBlock(config, rngs=rngs) for _ in range(config.n_dense)])
-        self.moe = nnx.List([MoEBlock(config, rngs=rngs) for _ in range(n_moe)])
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = make_param(rngs, table, ("vocab_shard", "embed"), config.init_std)
-        self.mtp = nnx.List([MTP(config, rngs=rngs) for _ in range(config.mtp_depth)])
+    def _make_layers(self, layer: type[nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.List:
+        return nnx.List([layer(self.config, rngs=rngs) for _ in range(n)])
 
     @property
     def blocks(self) -> list[Block]:
