@@ -26,6 +26,17 @@ def add_set_option(parser: argparse.ArgumentParser):
     )
 
 
+def add_figure_option(parser: argparse.ArgumentParser):
+    """Add --figure, a list of assignments to fields of a chip."""
+    parser.add_argument(
+        "--figure",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override a figure of the chip: a field of Chip in dsv3_jax/hardware.py",
+    )
+
+
 def table(title: str, header: list[str], rows: list[list[str]], n_text: int = 1):
     """Return a `rich` table whose first `n_text` columns are text, the others numbers."""
     import rich.box  # only commands that print tables pay for the import

@@ -80,7 +80,7 @@ def map_params(fn: Callable, state: nnx.State, *others: nnx.State) -> nnx.State:
         values = (other.get_value() for other in rest)
         return variable.replace(fn(path, variable.get_value(), variable, *values))
 
-    return jax.tree_util.tree_map_with_path(visit, state, *others, is_leaf=_is_variable)
+    return jax.tree_util.tree_map_with_path(visit, state, *others, is_leaf=is_variable)
 
 
 def named_arrays(state: nnx.State) -> dict:
@@ -88,7 +88,8 @@ def named_arrays(state: nnx.State) -> dict:
     return {".".join(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def _is_variable(x) -> bool:
+def is_variable(x) -> bool:
+    """Return whether a node of a tree is an NNX variable, the leaf that carries metadata."""
     return isinstance(x, nnx.Variable)
 
 
@@ -99,14 +100,14 @@ def param_specs(tree, layout: Layout):
     """
 
     def spec(leaf):
-        if not (_is_variable(leaf) and "axes" in leaf.get_metadata()):
+        if not (is_variable(leaf) and "axes" in leaf.get_metadata()):
             return REPLICATED
         if isinstance(value := leaf.get_value(), Fp8Weight):
             values = leaf.replace(value.quantized.values)
             return QuantizedTensor(spec(values), scale_spec(values, layout))
         return layout.param_spec(leaf.axes, leaf.global_shape, _n_stack_dims(leaf, leaf))
 
-    return jax.tree.map(spec, tree, is_leaf=_is_variable)
+    return jax.tree.map(spec, tree, is_leaf=is_variable)
 
 
 def scale_spec(variable: nnx.Param, layout: Layout):

@@ -172,7 +172,7 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
 
 
 def fold_pp_into_dp(mesh: Mesh) -> Mesh:
-    """Return a mesh of the same devices whose `dp` axis includes the pipeline stages."""
+    """Return a mesh of the same devices whose `dp` axis includes the pipeline stages, if any."""
     pp, dp, nodes, ranks = mesh.devices.shape
     devices = mesh.devices.reshape(1, pp * dp, nodes, ranks)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 from configs import load_preset, preset_names
-from dsv3_jax.cli import add_set_option
+from dsv3_jax.cli import add_figure_option, add_set_option
 from dsv3_jax.config import Config
 from dsv3_jax.config_cli import override
 from dsv3_jax.errors import errors_as_messages
@@ -46,13 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dump", type=Path, metavar="DIR", help="keep the compiler's texts and the PNG there")
     add("--reuse", action="store_true", help="don't compile: read what a run left in --dump")
     add("--plot", type=Path, help="the PNG (default: aot.png, in --dump if given)")
-    add(
-        "--figure",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="override a figure of the chip: a field of Chip in dsv3_jax/hardware.py",
-    )
+    add_figure_option(parser)
     add(
         "--option",
         action="append",

@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 from configs import preset_names
-from dsv3_jax.cli import add_set_option
+from dsv3_jax.cli import add_figure_option, add_set_option
 from dsv3_jax.errors import errors_as_messages
 from dsv3_jax.hardware import CHIPS
 
@@ -43,13 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--chip", help=f"{', '.join(CHIPS)} (default: v5p)")
     add("--devices", type=int, help="JAX devices (default: a power of 2 that divides the batch)")
     add("--topology", help="in place of both: v5p:8x8x16, v6e:16x16, h100:32x8 (hosts x GPUs)")
-    add(
-        "--figure",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="override a figure of the chip: a field of Chip in dsv3_jax/hardware.py",
-    )
+    add_figure_option(parser)
     add("--dollars-per-hour", help="price of a chip (known: the report's $2 for h800)")
     add("--tokens", type=float, help="tokens to pay for (default: all of the preset's run)")
     add("--step-seconds", type=float, help="also bill a step that you measured")

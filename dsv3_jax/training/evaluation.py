@@ -43,12 +43,10 @@ class Evaluation:
     """The batches and compiled programs of a run's evaluations."""
 
     def __init__(self, config: Config, mesh: Mesh, corpus: Corpus):
-        self._config, self._corpus, self._mesh = config, corpus, mesh
-        self._layout = make_layout(config, mesh_spec(mesh))
+        self._config, self._corpus, self._mesh = config, corpus, fold_pp_into_dp(mesh)
+        self._layout = make_layout(config, mesh_spec(self._mesh))
         if mesh_spec(mesh).pp > 1:
-            self._mesh = fold_pp_into_dp(mesh)
-            layout = make_layout(config, mesh_spec(self._mesh))
-            self._layout = dataclasses.replace(layout, zero=3)
+            self._layout = dataclasses.replace(self._layout, zero=3)
         train, shard = config.train, process_batch_shard(self._mesh, config.parallel.context)
         self._rows = eval_batches(corpus.held_out, train.batch, train.eval_batches, shard)
         self._losses = make_evaluation(config, self._mesh, self._layout)

@@ -22,7 +22,7 @@ from jaxtyping import PyTree, UInt32
 
 from dsv3_jax.checkpoint.integrity import fingerprint
 from dsv3_jax.config import GuardConfig
-from dsv3_jax.params import map_params
+from dsv3_jax.params import is_variable, map_params
 from dsv3_jax.shapes import Array
 from sharding.layout import MODEL_PARALLEL_AXES, Layout
 from sharding.mesh import ROW_PER_DEVICE, manual_region
@@ -124,7 +124,7 @@ class ReplicaAudit:
         self._columns = []  # of each hash: a name, and which part of the array each device has
         for path, array in jax.tree.leaves_with_path(state):
             self._add_column(f"replicas of {_name(path)}", _stored_parts(array))
-        for path, param in jax.tree.leaves_with_path(params, is_leaf=_is_variable):
+        for path, param in jax.tree.leaves_with_path(params, is_leaf=is_variable):
             self._add_column(f"gathered replicas of {_name(path)}", _gathered_parts(param, mesh))
         state_specs, param_specs = (
             jax.tree.map(lambda x: x.sharding.spec, tree) for tree in (state, params)
@@ -153,10 +153,6 @@ class ReplicaAudit:
 
 def _name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _is_variable(x) -> bool:
-    return isinstance(x, nnx.Variable)
 
 
 def _gathered_fingerprint(x: Array, param: nnx.Param, layout: Layout) -> UInt32[Array, ""]:

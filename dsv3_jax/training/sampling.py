@@ -8,7 +8,7 @@ from dsv3_jax.serving.model_view import ModelView
 from dsv3_jax.serving.sampling import Sampling
 from dsv3_jax.training.setup import Setup
 from dsv3_jax.training.state import TrainState
-from sharding.mesh import fold_pp_into_dp, mesh_spec
+from sharding.mesh import fold_pp_into_dp
 
 PROMPT_TOKENS = 16
 SAMPLING = Sampling(temperature=0.7)
@@ -20,7 +20,7 @@ def sample_text(setup: Setup, state: TrainState) -> tuple[str, str]:
     prompt = np.asarray(corpus.held_out[0].tokens[:PROMPT_TOKENS]).tolist()
     tokens, n_new = [], config.train.sample_tokens
     if n_new > 0:
-        mesh = fold_pp_into_dp(setup.mesh) if mesh_spec(setup.mesh).pp > 1 else setup.mesh
+        mesh = fold_pp_into_dp(setup.mesh)
         policy = Policy.of(config.precision)
         view = ModelView.of_state(config.model, policy, mesh, state.params, state.bias)
         steps = Generator(view)([prompt], n_new, SAMPLING, seed=config.train.seed)
